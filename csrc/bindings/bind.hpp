@@ -1,0 +1,10 @@
+// One function per operation; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace jacpot {
+
+void bind_build_info(pybind11::module_& m);
+
+}  // namespace jacpot

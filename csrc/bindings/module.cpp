@@ -1,0 +1,6 @@
+#include "bindings/bind.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled kernels of jacpot. Use the functions of the jacpot package instead.";
+  jacpot::bind_build_info(m);
+}

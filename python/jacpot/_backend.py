@@ -1,0 +1,88 @@
+"""The compiled extension: loads it and says how it was built. The only module that imports it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch  # before the extension, which runs its tasks on the OpenMP runtime torch loads
+
+try:
+    from jacpot import _core as core
+except ImportError as error:  # pragma: no cover - a broken installation
+    raise ImportError(
+        "jacpot's compiled extension could not be loaded. Install the package with "
+        "`pip install .` (a C++20 compiler and CMake are needed), and import it from outside its "
+        f"source folder. The loader said: {error}"
+    ) from error
+
+__all__ = ["build_info", "core", "isa", "threads"]
+
+
+def threads() -> int:
+    """Threads that a kernel may use: as many as PyTorch uses."""
+    return torch.get_num_threads()
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Use the kernels of one instruction set inside a ``with`` block.
+
+    Parameters
+    ----------
+    name
+        One of ``build_info()["isas_supported"]``.
+
+    Raises
+    ------
+    ValueError
+        If this machine or this build does not have it.
+    """
+    before = core.build_info()["isa"]
+    if not core.force_isa(name):
+        raise ValueError(
+            f"instruction set {name!r} is not available; "
+            f"this machine supports {', '.join(core.build_info()['isas_supported'])}"
+        )
+    try:
+        yield
+    finally:
+        core.force_isa(before)
+
+
+def build_info() -> dict[str, Any]:
+    """How jacpot was built and what it runs on.
+
+    Returns
+    -------
+    dict
+        ``version``, ``compiler``, ``isas_built``, ``isas_supported``, ``isa`` (the one in use),
+        ``cuda_built`` (toolkit version or None), ``cuda_architectures``, ``cuda_available``,
+        ``threads``, ``thread_runtime``, ``python``, ``torch``, ``numpy``.
+
+    Examples
+    --------
+    >>> import jacpot
+    >>> info = jacpot.build_info()
+    >>> info["isa"] in info["isas_supported"]
+    True
+    """
+    info: dict[str, Any] = dict(core.build_info())
+    info["cuda_available"] = info["cuda_built"] is not None and torch.cuda.is_available()
+    info["threads"] = threads()
+    info["python"] = platform.python_version()
+    info["torch"] = torch.__version__
+    info["numpy"] = numpy.__version__
+    return info
+
+
+_forced = os.environ.get("JACPOT_ISA", "")
+if _forced and not core.force_isa(_forced):
+    raise ImportError(
+        f"JACPOT_ISA={_forced!r} is not available; "
+        f"this machine supports {', '.join(core.build_info()['isas_supported'])}"
+    )

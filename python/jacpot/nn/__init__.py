@@ -1,0 +1,1 @@
+"""Layers whose weights are masked or sparse."""

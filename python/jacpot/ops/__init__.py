@@ -1,0 +1,1 @@
+"""Array in, the same kind of array out: NumPy, PyTorch and CuPy."""

@@ -1,0 +1,1 @@
+"""Each operation in plain PyTorch, written to be read: the oracle of every test."""

@@ -1,0 +1,1 @@
+"""Per-example Jacobians, the tangent kernel, and the linearized network."""

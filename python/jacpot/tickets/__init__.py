@@ -1,0 +1,1 @@
+"""Masks, pruning and the search for lottery tickets."""
