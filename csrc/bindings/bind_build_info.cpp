@@ -2,6 +2,7 @@
 
 #include "bindings/array.hpp"
 #include "bindings/bind.hpp"
+#include "common/blas.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
 
@@ -30,6 +31,7 @@ py::dict build_info() {
   info["isas_supported"] = names(supported_isas());
   info["isa"] = std::string(isa_name(active_isa()));
   info["thread_runtime"] = thread_runtime();
+  info["blas"] = blas::provider();
 #ifdef JACPOT_WITH_CUDA
   info["cuda_built"] = JACPOT_CUDA_VERSION;
   info["cuda_architectures"] = JACPOT_CUDA_ARCHITECTURES;
@@ -43,6 +45,12 @@ py::dict build_info() {
 }  // namespace
 
 void bind_build_info(py::module_& m) {
+  m.def(
+      "set_blas_fallback",
+      [](const py::capsule& sgemm, const py::capsule& dgemm) {
+        blas::set_fallback(sgemm.get_pointer(), dgemm.get_pointer());
+      },
+      py::arg("sgemm"), py::arg("dgemm"), "Fortran GEMMs for where PyTorch exports none.");
   m.def("build_info", &build_info, "How this extension was built and what it runs on.");
   m.def("force_isa", &force_isa, py::arg("name"),
         "Use the named instruction set from now on; '' goes back to the best. False if not supported.");

@@ -62,7 +62,7 @@ def build_info() -> dict[str, Any]:
     dict
         ``version``, ``compiler``, ``isas_built``, ``isas_supported``, ``isa`` (the one in use),
         ``cuda_built`` (toolkit version or None), ``cuda_architectures``, ``cuda_available``,
-        ``threads``, ``thread_runtime``, ``python``, ``torch``, ``numpy``.
+        ``threads``, ``thread_runtime``, ``blas`` (whose), ``python``, ``torch``, ``numpy``.
 
     Examples
     --------
@@ -79,6 +79,11 @@ def build_info() -> dict[str, Any]:
     info["numpy"] = numpy.__version__
     return info
 
+
+if core.build_info()["blas"] == "none":
+    from scipy.linalg import cython_blas
+
+    core.set_blas_fallback(cython_blas.__pyx_capi__["sgemm"], cython_blas.__pyx_capi__["dgemm"])
 
 _forced = os.environ.get("JACPOT_ISA", "")
 if _forced and not core.force_isa(_forced):
