@@ -40,10 +40,12 @@ DType from_dlpack(dlpack::DataType type, const std::string& name) {
                        std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits)");
 }
 
-DType from_buffer_format(const std::string& format, std::int64_t itemsize, const std::string& name) {
-  const std::string native = !format.empty() && (format[0] == '@' || format[0] == '=' || format[0] == '<')
-                                 ? format.substr(1)
-                                 : format;
+DType from_buffer_format(const std::string& format, std::int64_t itemsize,
+                         const std::string& name) {
+  const std::string native =
+      !format.empty() && (format[0] == '@' || format[0] == '=' || format[0] == '<')
+          ? format.substr(1)
+          : format;
   if (native == "?") return DType::boolean;
   if (native == "f") return DType::float32;
   if (native == "d") return DType::float64;
@@ -55,8 +57,8 @@ DType from_buffer_format(const std::string& format, std::int64_t itemsize, const
     if (itemsize == 4) return DType::int32;
     if (itemsize == 8) return DType::int64;
   }
-  throw py::type_error("argument '" + name + "' has a dtype that is not supported (buffer format '" +
-                       format + "')");
+  throw py::type_error("argument '" + name +
+                       "' has a dtype that is not supported (buffer format '" + format + "')");
 }
 
 std::string join(const std::vector<std::string>& words, const char* separator) {
@@ -73,16 +75,26 @@ std::string device_text(Device device) {
 
 const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::boolean: return "bool";
-    case DType::uint8: return "uint8";
-    case DType::uint16: return "uint16";
-    case DType::int16: return "int16";
-    case DType::int32: return "int32";
-    case DType::int64: return "int64";
-    case DType::float16: return "float16";
-    case DType::bfloat16: return "bfloat16";
-    case DType::float32: return "float32";
-    case DType::float64: return "float64";
+    case DType::boolean:
+      return "bool";
+    case DType::uint8:
+      return "uint8";
+    case DType::uint16:
+      return "uint16";
+    case DType::int16:
+      return "int16";
+    case DType::int32:
+      return "int32";
+    case DType::int64:
+      return "int64";
+    case DType::float16:
+      return "float16";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float32:
+      return "float32";
+    case DType::float64:
+      return "float64";
   }
   return "unknown";
 }
@@ -115,7 +127,8 @@ void Array::read_buffer(py::handle object, Access access) {
     shape_.push_back(buffer->shape[d]);
     if (buffer->strides[d] % buffer->itemsize != 0)
       throw py::value_error("argument '" + name_ + "' has a stride of " +
-                            std::to_string(buffer->strides[d]) + " bytes, which is no multiple of its " +
+                            std::to_string(buffer->strides[d]) +
+                            " bytes, which is no multiple of its " +
                             std::to_string(buffer->itemsize) + "-byte elements");
     stride_.push_back(buffer->strides[d] / buffer->itemsize);
   }
@@ -143,7 +156,8 @@ void Array::read_dlpack(py::handle object, Access) {
       device_ = {DeviceKind::cuda, tensor.device.index};
       break;
     default:
-      throw py::value_error("argument '" + name_ + "' lies on a device that is not supported (DLPack type " +
+      throw py::value_error("argument '" + name_ +
+                            "' lies on a device that is not supported (DLPack type " +
                             std::to_string(tensor.device.type) + "); expected CPU or CUDA memory");
   }
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -211,14 +225,15 @@ const Array& Array::expect_contiguous() const {
 
 const Array& Array::expect_cpu() const {
   if (device_.kind != DeviceKind::cpu)
-    throw py::value_error("argument '" + name_ + "' must be on the CPU, got " + device_text(device_));
+    throw py::value_error("argument '" + name_ + "' must be on the CPU, got " +
+                          device_text(device_));
   return *this;
 }
 
 const Array& Array::expect_like(const Array& other) const {
   if (dtype_ != other.dtype_)
-    throw py::type_error("argument '" + name_ + "' must be " + dtype_name(other.dtype_) + " like '" +
-                         other.name_ + "', got " + dtype_name(dtype_));
+    throw py::type_error("argument '" + name_ + "' must be " + dtype_name(other.dtype_) +
+                         " like '" + other.name_ + "', got " + dtype_name(dtype_));
   if (!(device_ == other.device_))
     throw py::value_error("argument '" + name_ + "' must be on " + device_text(other.device_) +
                           " like '" + other.name_ + "', got " + device_text(device_));

@@ -53,7 +53,8 @@ void bind_build_info(py::module_& m) {
       py::arg("sgemm"), py::arg("dgemm"), "Fortran GEMMs for where PyTorch exports none.");
   m.def("build_info", &build_info, "How this extension was built and what it runs on.");
   m.def("force_isa", &force_isa, py::arg("name"),
-        "Use the named instruction set from now on; '' goes back to the best. False if not supported.");
+        "Use the named instruction set from now on; '' goes back to the best. False if not "
+        "supported.");
   // The boundary itself, for its tests: what a checked view says of an array.
   m.def(
       "describe_array",

@@ -17,7 +17,13 @@ struct DataType {
   std::uint8_t bits;
   std::uint16_t lanes;
 };
-enum TypeCode : std::uint8_t { integer = 0, unsigned_integer = 1, floating = 2, bfloat = 4, boolean = 6 };
+enum TypeCode : std::uint8_t {
+  integer = 0,
+  unsigned_integer = 1,
+  floating = 2,
+  bfloat = 4,
+  boolean = 6
+};
 
 struct Tensor {
   void* data;

@@ -14,8 +14,8 @@ namespace jacpot::blas {
 namespace {
 
 template <class T>
-using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*,
-                      const int*, const T*, const int*, const T*, T*, const int*);
+using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*,
+                      const T*, const int*, const T*, const int*, const T*, T*, const int*);
 struct Symbols {
   Gemm<float> sgemm = nullptr;
   Gemm<double> dgemm = nullptr;
@@ -62,8 +62,8 @@ bool fits(std::int64_t value) { return value <= std::numeric_limits<int>::max();
 // BLAS is column-major: a row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ on the same memory.
 template <class T>
 Status gemm_rows(Gemm<T> call, bool transpose_a, bool transpose_b, std::int64_t m, std::int64_t n,
-                 std::int64_t k, T alpha, const T* a, std::int64_t lda, const T* b, std::int64_t ldb, T beta,
-                 T* c, std::int64_t ldc) {
+                 std::int64_t k, T alpha, const T* a, std::int64_t lda, const T* b,
+                 std::int64_t ldb, T beta, T* c, std::int64_t ldc) {
   if (m == 0 || n == 0) return {};
   if (!call) return missing;
   if (!fits(m) || !fits(n) || !fits(k) || !fits(lda) || !fits(ldb) || !fits(ldc)) return too_large;
@@ -77,13 +77,13 @@ Status gemm_rows(Gemm<T> call, bool transpose_a, bool transpose_b, std::int64_t 
 
 // PyTorch exports no SYRK, so the triangle is cut into block rows, each one GEMM.
 template <class T>
-Status syrk_rows(std::int64_t n, std::int64_t k, T alpha, const T* a, std::int64_t lda, T beta, T* c,
-                 std::int64_t ldc) {
+Status syrk_rows(std::int64_t n, std::int64_t k, T alpha, const T* a, std::int64_t lda, T beta,
+                 T* c, std::int64_t ldc) {
   constexpr std::int64_t block = 256;
   for (std::int64_t i = 0; i < n; i += block) {
     const std::int64_t rows = std::min(block, n - i);
-    const Status status = gemm(false, true, rows, n - i, k, alpha, a + i * lda, lda, a + i * lda, lda, beta,
-                               c + i * ldc + i, ldc);
+    const Status status = gemm(false, true, rows, n - i, k, alpha, a + i * lda, lda, a + i * lda,
+                               lda, beta, c + i * ldc + i, ldc);
     if (!status.ok()) return status;
   }
   return {};
@@ -91,20 +91,22 @@ Status syrk_rows(std::int64_t n, std::int64_t k, T alpha, const T* a, std::int64
 
 }  // namespace
 
-Status gemm(bool ta, bool tb, std::int64_t m, std::int64_t n, std::int64_t k, float alpha, const float* a,
-            std::int64_t lda, const float* b, std::int64_t ldb, float beta, float* c, std::int64_t ldc) {
+Status gemm(bool ta, bool tb, std::int64_t m, std::int64_t n, std::int64_t k, float alpha,
+            const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float beta,
+            float* c, std::int64_t ldc) {
   return gemm_rows(symbols().sgemm, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
-Status gemm(bool ta, bool tb, std::int64_t m, std::int64_t n, std::int64_t k, double alpha, const double* a,
-            std::int64_t lda, const double* b, std::int64_t ldb, double beta, double* c, std::int64_t ldc) {
+Status gemm(bool ta, bool tb, std::int64_t m, std::int64_t n, std::int64_t k, double alpha,
+            const double* a, std::int64_t lda, const double* b, std::int64_t ldb, double beta,
+            double* c, std::int64_t ldc) {
   return gemm_rows(symbols().dgemm, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
-Status syrk(std::int64_t n, std::int64_t k, float alpha, const float* a, std::int64_t lda, float beta, float* c,
-            std::int64_t ldc) {
+Status syrk(std::int64_t n, std::int64_t k, float alpha, const float* a, std::int64_t lda,
+            float beta, float* c, std::int64_t ldc) {
   return syrk_rows(n, k, alpha, a, lda, beta, c, ldc);
 }
-Status syrk(std::int64_t n, std::int64_t k, double alpha, const double* a, std::int64_t lda, double beta,
-            double* c, std::int64_t ldc) {
+Status syrk(std::int64_t n, std::int64_t k, double alpha, const double* a, std::int64_t lda,
+            double beta, double* c, std::int64_t ldc) {
   return syrk_rows(n, k, alpha, a, lda, beta, c, ldc);
 }
 

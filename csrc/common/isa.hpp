@@ -18,20 +18,31 @@ bool force_isa(std::string_view name);  // "" goes back to the best
 // Picks an operation's kernel table. Each operation defines `const Table& table()` in the
 // namespace of every instruction set.
 #if defined(__x86_64__)
-#define JACPOT_DISPATCH_TABLE(Table)                            \
-  namespace baseline { const Table& table(const Table*); }      \
-  namespace avx2 { const Table& table(const Table*); }          \
-  namespace avx512 { const Table& table(const Table*); }        \
-  inline const Table& active_table(const Table* tag) {          \
-    switch (active_isa()) {                                     \
-      case Isa::avx512: return avx512::table(tag);              \
-      case Isa::avx2: return avx2::table(tag);                  \
-      default: return baseline::table(tag);                     \
-    }                                                           \
+#define JACPOT_DISPATCH_TABLE(Table)                   \
+  namespace baseline {                                 \
+  const Table& table(const Table*);                    \
+  }                                                    \
+  namespace avx2 {                                     \
+  const Table& table(const Table*);                    \
+  }                                                    \
+  namespace avx512 {                                   \
+  const Table& table(const Table*);                    \
+  }                                                    \
+  inline const Table& active_table(const Table* tag) { \
+    switch (active_isa()) {                            \
+      case Isa::avx512:                                \
+        return avx512::table(tag);                     \
+      case Isa::avx2:                                  \
+        return avx2::table(tag);                       \
+      default:                                         \
+        return baseline::table(tag);                   \
+    }                                                  \
   }
 #else
-#define JACPOT_DISPATCH_TABLE(Table)                            \
-  namespace baseline { const Table& table(const Table*); }      \
+#define JACPOT_DISPATCH_TABLE(Table) \
+  namespace baseline {               \
+  const Table& table(const Table*);  \
+  }                                  \
   inline const Table& active_table(const Table* tag) { return baseline::table(tag); }
 #endif
 

@@ -69,7 +69,8 @@ struct Work {
 
   static void drain(void* self) {
     auto& work = *static_cast<Work*>(self);
-    for (std::int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.tasks;)
+    for (std::int64_t task;
+         (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.tasks;)
       work.function(work.context, task);
   }
 };

@@ -20,7 +20,8 @@ inline constexpr std::size_t scratch_alignment = 64;
 // Uninitialised; null when the memory is not there or the size does not fit.
 template <class T>
 Scratch<T> allocate_scratch(std::int64_t count) {
-  const auto limit = static_cast<std::int64_t>(INT64_MAX / 2 / static_cast<std::int64_t>(sizeof(T)));
+  const auto limit =
+      static_cast<std::int64_t>(INT64_MAX / 2 / static_cast<std::int64_t>(sizeof(T)));
   if (count < 0 || count > limit) return nullptr;
   auto bytes = static_cast<std::size_t>(count) * sizeof(T);
   bytes = (bytes / scratch_alignment + 1) * scratch_alignment;

@@ -20,7 +20,8 @@ template <class T>
 struct Simd {
   static constexpr int width = JACPOT_VECTOR_BYTES / static_cast<int>(sizeof(T));
   typedef T Vec __attribute__((vector_size(JACPOT_VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(JACPOT_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  typedef T Unaligned
+      __attribute__((vector_size(JACPOT_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 
   static JACPOT_INLINE Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static JACPOT_INLINE void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }

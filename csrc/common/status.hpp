@@ -3,7 +3,15 @@
 
 namespace jacpot {
 
-enum class Code { ok, invalid_argument, overflow, out_of_memory, unsupported, interrupted, device_error };
+enum class Code {
+  ok,
+  invalid_argument,
+  overflow,
+  out_of_memory,
+  unsupported,
+  interrupted,
+  device_error
+};
 
 struct [[nodiscard]] Status {
   Code code = Code::ok;

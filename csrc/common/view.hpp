@@ -7,7 +7,16 @@
 namespace jacpot {
 
 enum class DType : std::uint8_t {
-  boolean, uint8, uint16, int16, int32, int64, float16, bfloat16, float32, float64
+  boolean,
+  uint8,
+  uint16,
+  int16,
+  int32,
+  int64,
+  float16,
+  bfloat16,
+  float32,
+  float64
 };
 
 enum class DeviceKind : std::uint8_t { cpu, cuda };

@@ -1,0 +1,77 @@
+# Every target does its own set-up: `make demo` and `make test` are all a fresh clone needs.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   ?= runs/demo
+
+CXX_FILES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f 2>/dev/null)
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-asan bench lint format stub docs clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/requirements: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --group dev
+	@touch $@
+
+# Editable: Python sources are used in place, the extension is built again when its inputs change.
+$(VENV)/installed: $(VENV)/requirements $(BUILD_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+	  -c constraints-dev.txt -C cmake.define.JACPOT_WERROR=ON --editable '.[cli]'
+	@touch $@
+
+demo: $(VENV)/installed  ## fit the tangent space of a network on handwritten digits, compare it with training
+	$(BIN)/jacpot compare --out $(DEMO)
+
+test: $(VENV)/installed  ## run the test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/installed  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+# The C++ paths under AddressSanitizer and UndefinedBehaviorSanitizer, in a tree of links so that
+# the sanitized extension never mixes with the installed one.
+SITE := build/asan-ubsan/site
+test-asan: $(VENV)/requirements  ## run the tests of the compiled code under ASan and UBSan
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset asan-ubsan
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset asan-ubsan
+	cp -rsf $(CURDIR)/python/jacpot $(SITE)/ && find $(SITE)/jacpot -maxdepth 1 -name '_core*' -type l -delete
+	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitizer \
+	  $(BIN)/python tools/run_from.py $(SITE) -m pytest --timeout 1800 $(or $(PYTEST_ARGS),tests/core tests/ops)
+
+bench: $(VENV)/installed  ## run the benchmarks of the primitives, peers alongside
+	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+lint: $(VENV)/installed  ## check formats, types, imports, directions of dependency
+	$(BIN)/ruff check python tests bench tools
+	$(BIN)/ruff format --check python tests bench tools
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_includes.py
+	$(BIN)/python tools/check_isa_symbols.py
+	$(BIN)/python tools/make_stub.py --check
+
+format: $(VENV)/requirements  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix-only python tests bench tools
+	$(BIN)/ruff format python tests bench tools
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+stub: $(VENV)/installed  ## write python/jacpot/_core.pyi anew from the extension
+	$(BIN)/python tools/make_stub.py
+
+docs: $(VENV)/installed  ## run every example of the documentation
+	$(BIN)/python -m pytest tests/test_docs.py $(PYTEST_ARGS)
+
+clean:  ## remove what the other targets made
+	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find python tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +
