@@ -102,8 +102,10 @@ const char* dtype_name(DType dtype) {
 Array::Array(py::handle object, const char* name, Access access) : name_(name) {
   if (PyObject_CheckBuffer(object.ptr()))
     read_buffer(object, access);
+  else if (read_exchange(object))
+    return;
   else if (py::hasattr(object, "__dlpack__"))
-    read_dlpack(object, access);
+    read_dlpack(object);
   else
     throw py::type_error("argument '" + name_ + "' must be a NumPy, PyTorch or CuPy array, got " +
                          type_name(object));
@@ -135,8 +137,31 @@ void Array::read_buffer(py::handle object, Access access) {
   owner_ = buffer;
 }
 
-void Array::read_dlpack(py::handle object, Access) {
-  py::object capsule = object.attr("__dlpack__")();
+// PyTorch 2.10 and later: the tensor is borrowed, so the object is kept alive instead.
+bool Array::read_exchange(py::handle object) {
+  static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  const auto capsule = py::reinterpret_steal<py::object>(PyObject_GetAttr(type, attribute));
+  if (!capsule || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto* api =
+      static_cast<dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api->header.major != 1 || !api->tensor_from_object) return false;
+  dlpack::Tensor tensor;
+  if (api->tensor_from_object(object.ptr(), &tensor) != 0) {
+    PyErr_Clear();  // __dlpack__ says better what is wrong
+    return false;
+  }
+  owner_ = std::shared_ptr<void>(object.inc_ref().ptr(),
+                                 [](void* kept) { Py_DECREF(static_cast<PyObject*>(kept)); });
+  take(tensor);
+  return true;
+}
+
+void Array::read_dlpack(py::handle object) {
+  const py::object capsule = object.attr("__dlpack__")();
   auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // the tensor is ours to delete now
@@ -144,7 +169,10 @@ void Array::read_dlpack(py::handle object, Access) {
     auto* m = static_cast<dlpack::Managed*>(p);
     if (m->deleter) m->deleter(m);
   });
-  const auto& tensor = managed->tensor;
+  take(managed->tensor);
+}
+
+void Array::take(const dlpack::Tensor& tensor) {
   dtype_ = from_dlpack(tensor.dtype, name_);
   switch (tensor.device.type) {
     case dlpack::cpu:

@@ -16,6 +16,10 @@ namespace jacpot {
 
 namespace py = pybind11;
 
+namespace dlpack {
+struct Tensor;
+}
+
 enum class Access { read, write };
 
 const char* dtype_name(DType dtype);
@@ -99,8 +103,10 @@ class Array {
   }
 
  private:
-  void read_dlpack(py::handle object, Access access);
   void read_buffer(py::handle object, Access access);
+  bool read_exchange(py::handle object);
+  void read_dlpack(py::handle object);
+  void take(const dlpack::Tensor& tensor);
   [[noreturn]] void fail_rank(int rank) const;
 
   std::string name_;

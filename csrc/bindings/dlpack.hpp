@@ -41,4 +41,20 @@ struct Managed {
   void (*deleter)(Managed*);
 };
 
+// The table of C functions behind `type(tensor).__dlpack_c_exchange_api__`: a view of a tensor
+// without a Python call, ten times cheaper than __dlpack__().
+struct ExchangeHeader {
+  std::uint32_t major, minor;
+  ExchangeHeader* previous;
+};
+
+struct Exchange {
+  ExchangeHeader header;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_object;
+  void* managed_tensor_to_object;
+  int (*tensor_from_object)(void* object, Tensor* out);  // borrowed; may be null
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_index, void** out);
+};
+
 }  // namespace jacpot::dlpack

@@ -95,3 +95,20 @@ def test_the_boundary_keeps_no_reference():
 def test_misaligned_float_data_is_still_described():
     raw = np.zeros(17, dtype=np.uint8)
     assert core.describe_array(raw[1:].view(np.float32))["shape"] == (4,)
+
+
+class DLPackOnly:
+    """An array family that the library has never heard of."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, stream: None = None) -> object:
+        return self.tensor.__dlpack__()
+
+
+def test_any_dlpack_object_is_taken():
+    tensor = torch.arange(6.0).reshape(2, 3).t()
+    seen = core.describe_array(DLPackOnly(tensor))
+    assert seen == core.describe_array(tensor)
+    assert seen["stride"] == (1, 3)
