@@ -1,0 +1,270 @@
+"""The blocks that a Jacobian is made of: the factors of a layer, or rows that do not factorise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
+
+import numpy
+import torch
+from torch import Tensor
+
+__all__ = ["Block", "Factors", "KeptWeights", "Rows", "check_blocks", "row_panels"]
+
+PANEL_BYTES = 64 << 20  # rows are generated in panels of about this size
+
+
+class KeptWeights(Protocol):
+    """What is needed of a :class:`jacpot.Pattern`: the kept weights, row by row (CSR)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    @property
+    def nnz(self) -> int:
+        """How many are kept."""
+
+    @property
+    def row_offsets(self) -> Any:
+        """Where each row's kept weights begin, and the end of the last."""
+
+    @property
+    def column_indices(self) -> Any:
+        """Column of each kept weight, rising inside a row."""
+
+
+def _tensor(array: Any, name: str, rank: int) -> Tensor:
+    """Give the argument as a CPU tensor that shares its memory, or a refusal that names it."""
+    tensor = torch.from_numpy(array) if isinstance(array, numpy.ndarray) else array
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor or numpy.ndarray, got {type(array).__name__}"
+        )
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+    if tensor.ndim != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
+    return tensor.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The factored block of a layer's weight, ``J[n,k,(g,o),i] = Σ_t δ[n,k,t,g,o] · a[n,t,g,i]``.
+
+    Parameters
+    ----------
+    activations
+        ``a (N, T, G, I)``: what the layer saw at its ``T`` positions, in its ``G`` groups.
+    signals
+        ``δ (N, K, T, G, O)``: the outputs' derivatives by what the layer gave.
+    pattern
+        Kept weights of the ``(G·O, I)`` block; None keeps all. The block's columns are then the
+        kept weights in row-major order.
+    bias
+        Whether the layer has a bias, whose ``G·O`` columns ``Σ_t δ`` follow those of the weight.
+
+    Raises
+    ------
+    TypeError
+        If an array is neither float32 nor float64, or the two differ.
+    ValueError
+        If shapes do not fit each other, or an array is not on the CPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Factors(torch.ones(5, 1, 1, 3), torch.ones(5, 2, 1, 1, 4), bias=True).n_parameters
+    16
+    """
+
+    activations: Tensor
+    signals: Tensor
+    pattern: KeptWeights | None = None
+    bias: bool = False
+    is_numpy: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_numpy", isinstance(self.activations, numpy.ndarray))
+        a = _tensor(self.activations, "activations", 4)
+        s = _tensor(self.signals, "signals", 5)
+        if a.dtype != s.dtype:
+            raise TypeError(f"signals must be {a.dtype} like activations, got {s.dtype}")
+        n, t, g, i = a.shape
+        if (s.shape[0], s.shape[2], s.shape[3]) != (n, t, g):
+            raise ValueError(
+                f"signals must have shape ({n}, K, {t}, {g}, O) to go with activations of shape "
+                f"{tuple(a.shape)}, got {tuple(s.shape)}"
+            )
+        if self.pattern is not None and tuple(self.pattern.shape) != (g * s.shape[4], i):
+            raise ValueError(
+                f"pattern must have shape ({g * s.shape[4]}, {i}), got {tuple(self.pattern.shape)}"
+            )
+        object.__setattr__(self, "activations", a)
+        object.__setattr__(self, "signals", s)
+
+    @property
+    def n_examples(self) -> int:
+        """Examples, ``N``."""
+        return self.signals.shape[0]
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs per example, ``K``."""
+        return self.signals.shape[1]
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that share the weight, ``T``."""
+        return self.signals.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, outputs and inputs of the weight, ``(G, O, I)``."""
+        return self.signals.shape[3], self.signals.shape[4], self.activations.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of both factors."""
+        return self.signals.dtype
+
+    @property
+    def n_weights(self) -> int:
+        """Kept weights, the bias not counted."""
+        g, o, i = self.shape
+        return g * o * i if self.pattern is None else int(self.pattern.nnz)
+
+    @property
+    def n_parameters(self) -> int:
+        """Columns of the block: kept weights, and the bias if there is one."""
+        return self.n_weights + (self.shape[0] * self.shape[1] if self.bias else 0)
+
+    @cached_property
+    def row_offsets(self) -> Tensor:
+        """Where the kept weights of each of the ``G·O`` rows begin and end, int64."""
+        if self.pattern is None:
+            raise RuntimeError("a block without a pattern has no row offsets")
+        return torch.from_numpy(numpy.asarray(self.pattern.row_offsets).astype(numpy.int64))
+
+    @cached_property
+    def column_indices(self) -> Tensor:
+        """Input of each kept weight, int32."""
+        if self.pattern is None:
+            raise RuntimeError("a block without a pattern has no column indices")
+        return torch.from_numpy(numpy.asarray(self.pattern.column_indices).astype(numpy.int32))
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Flat index of each kept weight in the ``(G·O, I)`` block, int64."""
+        counts = self.row_offsets.diff()
+        rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return rows * self.shape[2] + self.column_indices.long()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A block whose rows are given, for parameters that do not factorise.
+
+    Parameters
+    ----------
+    rows
+        ``(N, K, P_block)``, already restricted to kept parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Rows(torch.ones(5, 2, 7)).n_parameters
+    7
+    """
+
+    rows: Tensor
+    is_numpy: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_numpy", isinstance(self.rows, numpy.ndarray))
+        object.__setattr__(self, "rows", _tensor(self.rows, "rows", 3))
+
+    @property
+    def n_examples(self) -> int:
+        """Examples, ``N``."""
+        return self.rows.shape[0]
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs per example, ``K``."""
+        return self.rows.shape[1]
+
+    @property
+    def n_parameters(self) -> int:
+        """Columns of the block."""
+        return self.rows.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type."""
+        return self.rows.dtype
+
+
+Block: TypeAlias = Factors | Rows
+
+
+def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, int, torch.dtype]:
+    """``(N, K, dtype)`` that all blocks share.
+
+    Raises
+    ------
+    TypeError
+        If an entry is no block, or dtypes differ.
+    ValueError
+        If there are none, or they differ in examples or outputs.
+    """
+    if not blocks:
+        raise ValueError(f"{name} must hold at least one block, got none")
+    for i, block in enumerate(blocks):
+        if not isinstance(block, Factors | Rows):
+            raise TypeError(f"{name}[{i}] must be Factors or Rows, got {type(block).__name__}")
+    first = blocks[0]
+    for i, block in enumerate(blocks):
+        if block.dtype != first.dtype:
+            raise TypeError(f"{name}[{i}] must be {first.dtype} like {name}[0], got {block.dtype}")
+        if (block.n_examples, block.n_outputs) != (first.n_examples, first.n_outputs):
+            raise ValueError(
+                f"{name}[{i}] must have {first.n_examples} examples and {first.n_outputs} outputs "
+                f"like {name}[0], got {block.n_examples} and {block.n_outputs}"
+            )
+    return first.n_examples, first.n_outputs, first.dtype
+
+
+def row_panels(block: Block, budget: int = PANEL_BYTES) -> Iterator[Tensor]:
+    """Generate the block's rows ``(N, K, p)``, in panels of columns in the order of parameters.
+
+    No panel is larger than ``budget`` bytes unless a single row of the weight is.
+    """
+    if isinstance(block, Rows):
+        yield block.rows
+        return
+    n, k, t = block.n_examples, block.n_outputs, block.n_positions
+    g, o, i = block.shape
+    if block.n_weights:
+        width = max(1, budget // max(1, n * k * i * block.dtype.itemsize))
+        for group in range(g):
+            a = block.activations[:, :, group]  # (N, T, I)
+            for start in range(0, o, width):
+                stop = min(o, start + width)
+                s = block.signals[:, :, :, group, start:stop]  # (N, K, T, o)
+                if t == 1:
+                    panel = s[:, :, 0, :, None] * a[:, None, :, :]
+                else:
+                    panel = s.transpose(2, 3).reshape(n, k * (stop - start), t) @ a
+                panel = panel.reshape(n, k, (stop - start) * i)
+                if block.pattern is not None:
+                    low, high = group * o + start, group * o + stop
+                    kept = block.kept[block.row_offsets[low] : block.row_offsets[high]]
+                    panel = panel.index_select(2, kept - low * i)
+                yield panel
+    if block.bias:
+        yield block.signals.sum(2).reshape(n, k, g * o)

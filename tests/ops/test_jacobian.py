@@ -1,0 +1,211 @@
+"""jacpot.ops.jacobian against the Jacobian formed in full."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jacpot._backend import build_info, isa
+from jacpot.ops import jacobian as ops
+from jacpot.reference import jacobian as reference
+
+ISAS = build_info()["isas_supported"]
+# Sums of at most a few thousand terms of order one.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+class Kept:
+    """The kept weights of a mask, as a pattern gives them."""
+
+    def __init__(self, mask: torch.Tensor):
+        self.shape = tuple(mask.shape)
+        self.nnz = int(mask.sum())
+        self.row_offsets = numpy.concatenate([[0], mask.sum(1).cumsum(0).numpy()])
+        self.column_indices = mask.nonzero()[:, 1].to(torch.int32).numpy()
+
+
+@st.composite
+def problems(draw, max_examples: int = 9):
+    """Blocks for two sets of examples, and their Jacobians formed in full."""
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    n = [draw(st.integers(0, max_examples)), draw(st.integers(0, max_examples))]
+    k = draw(st.integers(1, 4))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sides: list[list] = [[], []]
+    full: list[list] = [[], []]
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["factors", "constant", "rows"]))
+        if kind == "rows":
+            p = draw(st.integers(0, 6))
+            for side in (0, 1):
+                rows = normal(n[side], k, p)
+                sides[side].append(ops.Rows(rows.to(dtype)))
+                full[side].append(rows)
+            continue
+        t = draw(st.sampled_from([1, 1, 1, 2, 3, 8, 20]))
+        g = draw(st.sampled_from([1, 1, 2]))
+        i, o = draw(st.integers(0, 12)), draw(st.integers(1, 9))
+        mask = torch.rand(g * o, i, generator=generator) < 0.4 if draw(st.booleans()) else None
+        bias = draw(st.booleans())
+        strided = draw(st.booleans())
+        constant = normal(1, k, t, g, o)
+        for side in (0, 1):
+            a = normal(n[side], t, g, i)
+            s = normal(n[side], k, t, g, o)
+            if kind == "constant":
+                s = constant.expand_as(s)
+            if strided:  # the same numbers, laid out from behind
+                a = a.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+                s = s.permute(4, 3, 1, 2, 0).contiguous().permute(4, 2, 3, 1, 0)
+            a, s = a.to(dtype), s.to(dtype)
+            pattern = None if mask is None else Kept(mask)
+            sides[side].append(ops.Factors(a, s, pattern=pattern, bias=bias))
+            full[side].append(reference.rows(a.double(), s.double(), mask, bias))
+    return sides[0], sides[1], torch.cat(full[0], 2), torch.cat(full[1], 2), dtype, generator
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype):
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    scale = 1 + (expected.abs().max() if expected.numel() else 0)
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=0, atol=float(TOLERANCE[dtype] * scale)
+    )
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+@given(problem=problems())
+@settings(deadline=None, max_examples=40)
+def test_gram(name, outputs, problem):
+    left, right, j_left, j_right, dtype, _ = problem
+    with isa(name):
+        symmetric = ops.gram(left, outputs=outputs)
+        rectangular = ops.gram(left, right, outputs=outputs)
+    assert_close(symmetric, reference.gram(j_left, j_left, outputs), dtype)
+    assert_close(rectangular, reference.gram(j_left, j_right, outputs), dtype)
+    swapped = symmetric.permute(2, 3, 0, 1) if outputs == "full" else symmetric.transpose(0, 1)
+    assert torch.equal(symmetric, swapped)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@given(problem=problems(), columns=st.sampled_from([None, 0, 1, 3, 9]))
+@settings(deadline=None, max_examples=40)
+def test_products(name, problem, columns):
+    blocks, _, jacobian, _, dtype, generator = problem
+    tail = () if columns is None else (columns,)
+    v = torch.randn(jacobian.shape[2], *tail, generator=generator, dtype=torch.float64).to(dtype)
+    u = torch.randn(*jacobian.shape[:2], *tail, generator=generator, dtype=torch.float64).to(dtype)
+    with isa(name):
+        forward = ops.jvp(blocks, v.split([b.n_parameters for b in blocks]))
+        backward = ops.vjp(blocks, u)
+    assert_close(forward, reference.jvp(jacobian, v.double()), dtype)
+    assert [tuple(g.shape) for g in backward] == [(b.n_parameters, *tail) for b in blocks]
+    assert_close(torch.cat(backward), reference.vjp(jacobian, u.double()), dtype)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@given(problem=problems())
+@settings(deadline=None, max_examples=40)
+def test_rows_and_norms(name, problem):
+    blocks, _, jacobian, _, dtype, _ = problem
+    with isa(name):
+        assert_close(ops.dense(blocks), jacobian, dtype)
+        assert_close(ops.row_norms(blocks), reference.row_norms(jacobian), dtype)
+        assert_close(ops.column_norms(blocks), reference.column_norms(jacobian), dtype)
+
+
+@given(problem=problems(), dim=st.integers(1, 70), seed=st.integers(-(2**63), 2**63 - 1))
+@settings(deadline=None, max_examples=30)
+def test_sketch_is_one_matrix_of_signs(problem, dim, seed):
+    blocks, others, jacobian, j_others, dtype, _ = problem
+    p = jacobian.shape[2]
+    signs = ops.sketch([ops.Rows(torch.eye(p, dtype=torch.float64)[:, None])], dim, seed)[:, 0]
+    torch.testing.assert_close(signs.abs(), torch.full_like(signs, dim**-0.5))
+    assert_close(ops.sketch(blocks, dim, seed), jacobian @ signs, dtype)
+    assert_close(ops.sketch(others, dim, seed), j_others @ signs, dtype)
+
+
+def test_sketch_keeps_norms():
+    rows = ops.Rows(torch.randn(20, 3, 500, generator=torch.Generator().manual_seed(0)))
+    kept = ops.sketch([rows], 4096, seed=1).norm(dim=2) / ops.row_norms([rows])
+    assert (kept - 1).abs().max() < 0.06  # about five standard deviations of 1/sqrt(2 dim)
+
+
+def test_gram_of_many_examples_is_what_rows_give():
+    """Sizes around and beyond the tiles of the kernels, ragged on every side."""
+    generator = torch.Generator().manual_seed(0)
+    for n, k, t, i, o in [
+        (131, 3, 1, 70, 33),
+        (70, 1, 1, 300, 5),
+        (19, 2, 13, 20, 17),
+        (3, 33, 1, 4, 9),
+    ]:
+        a = torch.randn(n, t, 1, i, generator=generator, dtype=torch.float64)
+        s = torch.randn(n, k, t, 1, o, generator=generator, dtype=torch.float64)
+        jacobian = reference.rows(a, s, bias=True)
+        for outputs in ("full", "trace", "diagonal"):
+            expected = reference.gram(jacobian, jacobian, outputs)
+            for name in ISAS:
+                with isa(name):
+                    actual = ops.gram([ops.Factors(a, s, bias=True)], outputs=outputs)
+                assert_close(actual, expected, torch.float64)
+
+
+def test_gram_writes_into_out():
+    block = ops.Rows(torch.randn(4, 2, 5))
+    out = torch.full((4, 2, 4, 2), torch.nan)
+    assert ops.gram([block], out=out) is out
+    assert torch.equal(out, ops.gram([block]))
+
+
+def test_numpy_comes_back_as_numpy():
+    a, s = numpy.ones((3, 1, 1, 2), "float32"), numpy.ones((3, 2, 1, 1, 4), "float32")
+    blocks = [ops.Factors(a, s)]
+    assert isinstance(ops.gram(blocks), numpy.ndarray)
+    assert isinstance(ops.jvp(blocks, [numpy.ones(8, "float32")]), numpy.ndarray)
+    assert isinstance(ops.vjp(blocks, numpy.ones((3, 2), "float32"))[0], numpy.ndarray)
+    assert isinstance(ops.dense(blocks), numpy.ndarray)
+
+
+def test_refusals_name_the_argument():
+    a, s = torch.ones(3, 1, 1, 2), torch.ones(3, 2, 1, 1, 4)
+    block = ops.Factors(a, s)
+    with pytest.raises(TypeError, match=r"activations must be float32 or float64, got torch.int64"):
+        ops.Factors(a.long(), s)
+    with pytest.raises(TypeError, match=r"signals must be torch.float32 like activations"):
+        ops.Factors(a, s.double())
+    with pytest.raises(ValueError, match=r"signals must have shape \(3, K, 1, 1, O\)"):
+        ops.Factors(a, s[:2])
+    with pytest.raises(ValueError, match=r"pattern must have shape \(4, 2\), got \(2, 4\)"):
+        ops.Factors(a, s, pattern=Kept(torch.ones(2, 4, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="blocks must hold at least one block"):
+        ops.dense([])
+    with pytest.raises(ValueError, match=r"blocks\[1\] must have 3 examples"):
+        ops.dense([block, ops.Rows(torch.ones(4, 2, 1))])
+    with pytest.raises(
+        ValueError, match=r"vectors\[0\] must have shape \(8,\) or \(8, R\), got \(7,\)"
+    ):
+        ops.jvp([block], [torch.ones(7)])
+    with pytest.raises(TypeError, match=r"vectors\[0\] must be torch.float32"):
+        ops.jvp([block], [torch.ones(8).double()])
+    with pytest.raises(ValueError, match=r"u must have shape \(3, 2\)"):
+        ops.vjp([block], torch.ones(2, 3))
+    with pytest.raises(
+        ValueError, match="outputs must be 'full', 'trace' or 'diagonal', got 'sum'"
+    ):
+        ops.gram([block], outputs="sum")
+    with pytest.raises(ValueError, match="right must have 2 outputs like left, got 1"):
+        ops.gram([block], [ops.Factors(a, s[:, :1])])
+    with pytest.raises(ValueError, match=r"out must be contiguous of shape \(3, 3\)"):
+        ops.gram([block], outputs="trace", out=torch.ones(3, 2))
+    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
+        ops.sketch([block], 0)
