@@ -1,5 +1,7 @@
 """Jacobians and lottery tickets for PyTorch: sparse products, tangent kernels, tangent solvers."""
 
+from jacpot import tickets
 from jacpot._backend import build_info
+from jacpot.tickets import Mask
 
-__all__ = ["build_info"]
+__all__ = ["Mask", "build_info", "tickets"]

@@ -1,0 +1,68 @@
+"""The network as a pure function of the scored parameters, for gradients that leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from jacpot.tickets._names import canonical_name, named_parameters
+from jacpot.tickets.mask import Mask
+from jacpot.tickets.parametrization import checked_mask
+
+__all__ = ["Loss", "Transform", "call", "preserved", "scored_parameters"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Transform = Callable[[str, Tensor], Tensor]
+
+
+def scored_parameters(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The scored parameters at the masked weights: detached, and no views of the parameters."""
+    parameters = named_parameters(module)
+    chosen = Mask.ones(module) if mask is None else checked_mask(module, mask)
+    return {
+        name: torch.where(kept.to(parameters[name].device), parameters[name].detach(), 0)
+        for name, kept in chosen.items()
+    }
+
+
+def call(
+    module: nn.Module, x: Tensor, scored: Mapping[str, Tensor], others: Transform | None = None
+) -> Tensor:
+    """The module's output with ``scored`` in place of its parameters.
+
+    ``others`` maps (name, detached tensor) of what is not scored, buffers included. Buffers are
+    always copies, so that running statistics move in the copy.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in module.named_parameters():
+        name = canonical_name(key)
+        tensors[key] = scored[name] if name in scored else _other(name, parameter.detach(), others)
+    for key, buffer in module.named_buffers():
+        tensors[key] = _other(key, buffer.detach().clone(), others)
+    output = functional_call(module, tensors, (x,))
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the module must return one tensor, got {type(output).__name__}")
+    return output
+
+
+def _other(name: str, tensor: Tensor, others: Transform | None) -> Tensor:
+    return tensor if others is None else others(name, tensor)
+
+
+@contextmanager
+def preserved(module: nn.Module, training: bool | None = None) -> Iterator[None]:
+    """Random state and training modes afterwards as before; inside, ``training`` if given."""
+    modes = {child: child.training for child in module.modules()}
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            if training is not None:
+                module.train(training)
+            yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
