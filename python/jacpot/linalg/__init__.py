@@ -1,1 +1,17 @@
-"""Linear operators and the solver for them."""
+"""Linear operators and solvers that say honestly what they reached."""
+
+from jacpot.linalg.operator import DenseOperator, FunctionOperator, LinearOperator, as_operator
+from jacpot.linalg.solution import Interrupted, Solution, SolverError, Status
+from jacpot.linalg.solve import solve
+
+__all__ = [
+    "DenseOperator",
+    "FunctionOperator",
+    "Interrupted",
+    "LinearOperator",
+    "Solution",
+    "SolverError",
+    "Status",
+    "as_operator",
+    "solve",
+]

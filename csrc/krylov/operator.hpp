@@ -1,0 +1,27 @@
+// What the solvers know of a matrix: how to multiply by it. Vectors are float64 and row-major,
+// (size, columns); an operator may compute in a narrower type when `working` accuracy is asked,
+// and owes its best when `full` is: the residuals that decide convergence are computed with it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/status.hpp"
+
+namespace jacpot::krylov {
+
+enum class Accuracy { working, full };
+
+class Operator {
+ public:
+  virtual ~Operator() = default;
+  virtual std::int64_t rows() const = 0;
+  virtual std::int64_t columns() const = 0;
+  virtual double unit_roundoff(Accuracy accuracy) const = 0;
+  // y (rows, count) = A · x (columns, count)
+  virtual Status apply(const double* x, double* y, std::int64_t count, Accuracy accuracy) const = 0;
+  // y (columns, count) = Aᵀ · x (rows, count)
+  virtual Status apply_transposed(const double* x, double* y, std::int64_t count,
+                                  Accuracy accuracy) const = 0;
+};
+
+}  // namespace jacpot::krylov

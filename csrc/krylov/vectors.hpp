@@ -1,0 +1,76 @@
+// Vector arithmetic of the solvers, on (size, count) row-major blocks of columns. Sums run over
+// fixed chunks of rows, so that results do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
+
+namespace jacpot::krylov {
+
+struct Shape {
+  std::int64_t size, count;
+  int threads;
+
+  static constexpr std::int64_t chunk_elements = 8192;
+  std::int64_t chunk_rows() const { return std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, count)); }
+  std::int64_t chunks() const { return (size + chunk_rows() - 1) / chunk_rows(); }
+  std::int64_t elements() const { return size * count; }
+
+  // body(first_row, last_row, chunk)
+  template <class Body>
+  void for_chunks(Body&& body) const {
+    const std::int64_t rows = chunk_rows(), n = size;
+    parallel_for(threads, chunks(), [&](std::int64_t chunk) {
+      body(chunk * rows, std::min(n, (chunk + 1) * rows), chunk);
+    });
+  }
+};
+
+// Adds up what body(row_begin, row_end, sums) accumulates; `partial` has chunks() * width elements.
+template <class Body>
+void reduce(const Shape& shape, std::int64_t width, double* partial, double* out, Body&& body) {
+  shape.for_chunks([&](std::int64_t begin, std::int64_t end, std::int64_t chunk) {
+    double* sums = partial + chunk * width;
+    std::fill(sums, sums + width, 0.0);
+    body(begin, end, sums);
+  });
+  std::fill(out, out + width, 0.0);
+  for (std::int64_t chunk = 0; chunk < shape.chunks(); ++chunk)
+    for (std::int64_t c = 0; c < width; ++c) out[c] += partial[chunk * width + c];
+}
+
+// out[c] = Σ_i x[i, c] · y[i, c]
+inline void dots(const Shape& shape, const double* x, const double* y, double* partial, double* out) {
+  const std::int64_t count = shape.count;
+  reduce(shape, count, partial, out, [=](std::int64_t begin, std::int64_t end, double* sums) {
+    if (count == 1) {
+      double lanes[8] = {};
+      std::int64_t i = begin;
+      for (; i + 8 <= end; i += 8)
+        for (int l = 0; l < 8; ++l) lanes[l] += x[i + l] * y[i + l];
+      for (; i < end; ++i) lanes[0] += x[i] * y[i];
+      for (double lane : lanes) sums[0] += lane;
+      return;
+    }
+    for (std::int64_t i = begin; i < end; ++i)
+      for (std::int64_t c = 0; c < count; ++c) sums[c] += x[i * count + c] * y[i * count + c];
+  });
+}
+
+// y[i, c] = scale[c] · y[i, c] + alpha[c] · x[i, c]
+inline void combine(const Shape& shape, const double* alpha, const double* x, const double* scale,
+                    double* y) {
+  const std::int64_t count = shape.count;
+  shape.for_chunks([=](std::int64_t begin, std::int64_t end, std::int64_t) {
+    for (std::int64_t i = begin; i < end; ++i)
+      for (std::int64_t c = 0; c < count; ++c)
+        y[i * count + c] = scale[c] * y[i * count + c] + alpha[c] * x[i * count + c];
+  });
+}
+
+}  // namespace jacpot::krylov

@@ -1,0 +1,215 @@
+"""`solve`: one door to all linear solvers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from jacpot._backend import core, threads
+from jacpot.linalg.operator import LinearOperator, _as_tensor, as_operator
+from jacpot.linalg.solution import Interrupted, Solution, Status
+
+__all__ = ["solve"]
+
+Callback = Callable[[int, float, float], Any]
+
+
+def solve(
+    operator: Any,
+    rhs: Any,
+    damping: float = 0.0,
+    method: str = "auto",
+    tol: float = 1e-6,
+    max_iter: int | None = None,
+    x0: Any = None,
+    preconditioner: Any = None,
+    callback: Callback | None = None,
+) -> Solution:
+    """Solve ``(A + damping·I) x = b``, or ``min ‖A x − b‖² + damping·‖x‖²`` when not square.
+
+    Parameters
+    ----------
+    operator
+        The matrix A (m, n): an array, a `LinearOperator`, a SciPy operator, or a function
+        ``v -> A v`` (see `jacpot.linalg.as_operator`).
+    rhs
+        b, (m,) or (m, R): a CPU tensor or NumPy array, float32 or float64.
+    damping
+        Non-negative.
+    method
+        ``"cg"`` for symmetric positive (semi-)definite operators; ``"lsmr"`` for any shape, which
+        gives the least-squares solution of least norm; ``"auto"``.
+    tol
+        Relative to the norm of each right-hand side.
+    max_iter
+        By default 10 n, at most 20,000.
+    x0
+        First guess, of the shape of the solution.
+    preconditioner
+        None, a `LinearOperator` or function that approximates the inverse of ``A + damping·I``, or
+        an object of `jacpot.linalg.preconditioners`.
+    callback
+        Called with ``(iteration, relative residual, seconds)``; returning False stops.
+
+    Returns
+    -------
+    Solution
+        Converged means that the residual recomputed from ``solution.x`` in float64 is below the
+        tolerance.  Without convergence nothing is raised: see ``solution.status``, or call
+        ``solution.raise_if_failed()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of a wrong type, dtype, shape or value; the message names the argument.
+    Interrupted
+        On Ctrl-C; its ``solution`` holds the iterate reached so far.
+
+    Notes
+    -----
+    Products run in the operator's own dtype, everything else in float64; the residual is replaced
+    by a recomputed float64 one whenever rounding could matter (van der Vorst & Ye 2000), so
+    float32 operators reach small residuals too.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    >>> solution = jacpot.solve(A, torch.tensor([1.0, 2.0], dtype=torch.float64), tol=1e-10)
+    >>> solution.converged, solution.x
+    (True, tensor([0.0909, 0.6364], dtype=torch.float64))
+    """
+    start = time.perf_counter()
+    b = _as_tensor(rhs, "rhs")
+    if b.ndim not in (1, 2):
+        raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
+    if not torch.isfinite(b).all():
+        raise ValueError("argument 'rhs' must be finite, got NaN or infinity")
+    a = as_operator(operator, rhs)
+    _check_arguments(a, b, damping, tol, max_iter)
+    method = _choose(method, a)
+    columns = b.double().reshape(b.shape[0], -1)
+    # Powers of two near the largest element: exact, and nothing over- or underflows.
+    scale = _power_of_two(columns)
+    x = torch.zeros(a.shape[1], columns.shape[1], dtype=torch.float64)
+    if x0 is not None:
+        guess = _as_tensor(x0, "x0")
+        if guess.shape != (a.shape[1], *b.shape[1:]):
+            raise ValueError(
+                f"argument 'x0' must have shape {(a.shape[1], *b.shape[1:])}, "
+                f"got {tuple(guess.shape)}"
+            )
+        x = guess.double().reshape(x.shape) / scale
+    setup = time.perf_counter()
+    inverse, name = _prepare(preconditioner, a, damping)
+    setup = time.perf_counter() - setup
+    result: dict[str, Any]
+    columns = (columns / scale).contiguous()
+    x = x.contiguous()
+    interrupted = False
+    try:
+        result = core.krylov_solve(
+            method,
+            a.core(),
+            columns.numpy(),
+            x.numpy(),
+            float(damping),
+            None if inverse is None else inverse.core(),
+            float(tol),
+            min(10 * a.shape[1], 20_000) if max_iter is None else int(max_iter),
+            threads(),
+            callback,
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        residual = columns - a.double() @ x - damping * x if a.shape[0] == a.shape[1] else columns
+        result = {
+            "outcome": "interrupted",
+            "iterations": 0,
+            "products": 0,
+            "history": [],
+            "residual_norms": residual.norm(dim=0).tolist(),
+        }
+    norms = torch.tensor(result["residual_norms"], dtype=torch.float64)
+    relative = torch.where(norms > 0, norms / columns.norm(dim=0), 0.0)
+    worst = int(relative.argmax()) if len(relative) else None
+    out: Any = (x * scale).reshape(a.shape[1], *b.shape[1:])
+    solution = Solution(
+        x=out.numpy() if isinstance(rhs, numpy.ndarray) else out,
+        status=Status(result["outcome"]),
+        iterations=result["iterations"],
+        residual_norm=0.0 if worst is None else float(norms[worst] * scale[worst]),
+        relative_residual=0.0 if worst is None else float(relative[worst]),
+        history=result["history"],
+        method=method,
+        preconditioner=name,
+        seconds=time.perf_counter() - start,
+        setup_seconds=setup if inverse is not None else 0.0,
+        details={"products": result["products"]},
+    )
+    if interrupted:
+        raise Interrupted(solution)
+    return solution
+
+
+def _check_arguments(
+    a: LinearOperator, b: Tensor, damping: float, tol: float, max_iter: int | None
+) -> None:
+    if b.shape[0] != a.shape[0]:
+        raise ValueError(
+            f"argument 'rhs' must have {a.shape[0]} rows like the operator, got {b.shape[0]}"
+        )
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"argument 'damping' must be finite and at least 0, got {damping}")
+    if not (math.isfinite(tol) and tol > 0):
+        raise ValueError(f"argument 'tol' must be finite and positive, got {tol}")
+    if max_iter is not None and max_iter < 0:
+        raise ValueError(f"argument 'max_iter' must be at least 0, got {max_iter}")
+
+
+def _choose(method: str, a: LinearOperator) -> str:
+    square = a.shape[0] == a.shape[1]
+    if method == "auto":
+        return "cg" if square else "lsmr"
+    if method not in ("cg", "lsmr"):
+        raise ValueError(f"argument 'method' must be 'auto', 'cg' or 'lsmr', got {method!r}")
+    if method == "cg" and not square:
+        raise ValueError(f"method 'cg' needs a square operator, got shape {a.shape}")
+    return method
+
+
+def _power_of_two(columns: Tensor) -> Tensor:
+    if columns.shape[0] == 0:
+        return torch.ones(columns.shape[1], dtype=torch.float64)
+    largest = columns.abs().amax(dim=0)
+    exponent = torch.frexp(largest).exponent
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))
+    return torch.where(largest > 0, scale, 1.0)
+
+
+def _prepare(
+    preconditioner: Any, a: LinearOperator, damping: float
+) -> tuple[LinearOperator | None, str]:
+    if preconditioner is None:
+        return None, "none"
+    if isinstance(preconditioner, LinearOperator):
+        inverse = preconditioner
+    elif callable(preconditioner):
+        inverse = as_operator(preconditioner, torch.empty(a.shape[0], 1, dtype=a.dtype))
+    else:
+        raise TypeError(
+            "argument 'preconditioner' must be None, a LinearOperator or a function, "
+            f"got {type(preconditioner).__name__}"
+        )
+    if inverse.shape != a.shape:
+        raise ValueError(
+            f"argument 'preconditioner' must have shape {a.shape} like the operator, "
+            f"got {inverse.shape}"
+        )
+    return inverse, type(preconditioner).__name__

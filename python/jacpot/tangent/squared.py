@@ -1,0 +1,122 @@
+"""The squared loss: ``min ½‖J Δ − r‖² + ridge/2 ‖Δ‖²`` in the smaller of two spaces.
+
+Dual, ``(J Jᵀ + ridge·I) α = r``, ``Δ = Jᵀ α``; primal, ``(Jᵀ J + ridge·I) Δ = Jᵀ r``. Without a
+ridge: the least-squares solution of least norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacpot.linalg import Solution, Status, solve
+from jacpot.ops.jacobian import Block
+from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
+
+__all__ = ["METHODS", "fit_squared"]
+
+METHODS = ("auto", "dual", "primal", "lsmr", "svd")
+
+# J of at most this many elements is written out for the least-norm solution: the singular value
+# decomposition is exact, and takes seconds at most.
+DENSE_ELEMENTS = 4_000_000
+
+
+def fit_squared(
+    blocks: Sequence[Block],
+    residual: Tensor,
+    ridge: float,
+    method: str = "auto",
+    preconditioner: Any = "auto",
+    tol: float = 1e-6,
+    max_iter: int | None = None,
+    callback: Callable[[int, float, float], Any] | None = None,
+) -> Solution:
+    """Solve for Δ.
+
+    Parameters
+    ----------
+    blocks
+        The Jacobian (N, K, P).
+    residual
+        r (N, K), targets minus outputs at the expansion point.
+    ridge
+        Non-negative; zero asks for the least norm.
+    method
+        One of `METHODS`.
+    preconditioner, tol, max_iter, callback
+        As in :func:`jacpot.solve`.
+
+    Returns
+    -------
+    Solution
+        ``x`` is Δ (P,) in float64; ``details["dual"]`` is α (N·K,) where the dual was solved.
+    """
+    jacobian = JacobianOperator(blocks)
+    r = residual.double().reshape(-1)
+    method = _choose(method, jacobian, ridge)
+    options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "callback": callback}
+    if method == "svd":
+        return _least_norm(jacobian, r, ridge, tol)
+    if method == "lsmr":
+        return solve(jacobian, r, damping=ridge, method="lsmr", **options)
+    if preconditioner != "auto":
+        options["preconditioner"] = preconditioner
+    if method == "primal":
+        exact = jacobian.double()
+        rhs = exact.T @ r
+        return solve(GaussNewtonOperator(jacobian), rhs, damping=ridge, method="cg", **options)
+    solution = solve(KernelOperator(jacobian), r, damping=ridge, method="cg", **options)
+    alpha = solution.x
+    return dataclasses.replace(
+        solution,
+        x=jacobian.double().T @ alpha,
+        details={**solution.details, "dual": alpha},
+    )
+
+
+def _choose(method: str, jacobian: JacobianOperator, ridge: float) -> str:
+    if method not in METHODS:
+        raise ValueError(f"argument 'method' must be one of {METHODS}, got {method!r}")
+    rows, columns = jacobian.shape
+    if method != "auto":
+        if ridge == 0 and method in ("dual", "primal"):
+            raise ValueError(f"method {method!r} needs a ridge above 0; use 'lsmr' or 'svd'")
+        return method
+    if ridge == 0:
+        return "svd" if rows * columns <= DENSE_ELEMENTS else "lsmr"
+    return "primal" if columns < rows else "dual"
+
+
+def _least_norm(jacobian: JacobianOperator, r: Tensor, ridge: float, tol: float) -> Solution:
+    start = time.perf_counter()
+    dense = jacobian.double().dense()
+    left, values, right = torch.linalg.svd(dense, full_matrices=False)
+    if len(values):
+        noise = torch.finfo(jacobian.dtype).eps * max(dense.shape) * values[0]
+    else:
+        noise = torch.zeros((), dtype=torch.float64)
+    # With a ridge small values are harmless; without, what is rounding must count as zero.
+    factors = torch.where(values > noise, values / (values.square() + ridge), 0.0)
+    x = right.T @ (factors * (left.T @ r))
+    error = r - dense @ x
+    normal = float((dense.T @ error - ridge * x).norm())
+    scale = float(values[0]) if len(values) else 0.0
+    size = float(error.norm())
+    norm_r = float(r.norm())
+    met = size <= tol * norm_r or normal <= tol * scale * max(size, ridge**0.5 * float(x.norm()))
+    finite = bool(torch.isfinite(x).all())
+    return Solution(
+        x=x,
+        status=Status.converged if met else Status.stagnated if finite else Status.non_finite,
+        iterations=1,
+        residual_norm=size,
+        relative_residual=size / norm_r if norm_r else 0.0,
+        method="svd",
+        seconds=time.perf_counter() - start,
+    )
