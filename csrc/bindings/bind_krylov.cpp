@@ -24,6 +24,20 @@ void raise_pending_or(Status status, const char* operation) {
   raise_if_failed(status, operation);
 }
 
+// Ctrl-C is no failure: the iterate that was reached is worth having.
+bool interrupted_by_keyboard() {
+  if (!pending) return false;
+  try {
+    std::rethrow_exception(pending);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_KeyboardInterrupt)) return false;
+  } catch (...) {
+    return false;
+  }
+  pending = nullptr;
+  return true;
+}
+
 py::array_t<double> borrow(const double* data, std::int64_t rows, std::int64_t columns) {
   return py::array_t<double>({rows, columns}, data, py::capsule(data, [](void*) {}));
 }
@@ -32,8 +46,12 @@ class Callback final : public Operator {
  public:
   Callback(std::int64_t rows, std::int64_t columns, py::object apply, py::object apply_transposed,
            double working, double full)
-      : rows_(rows), columns_(columns), apply_(std::move(apply)),
-        apply_transposed_(std::move(apply_transposed)), working_(working), full_(full) {}
+      : rows_(rows),
+        columns_(columns),
+        apply_(std::move(apply)),
+        apply_transposed_(std::move(apply_transposed)),
+        working_(working),
+        full_(full) {}
 
   std::int64_t rows() const override { return rows_; }
   std::int64_t columns() const override { return columns_; }
@@ -136,14 +154,22 @@ class Monitor {
 const char* outcome_name(krylov::Outcome outcome) {
   using krylov::Outcome;
   switch (outcome) {
-    case Outcome::converged: return "converged";
-    case Outcome::stagnated: return "stagnated";
-    case Outcome::iteration_limit: return "iteration_limit";
-    case Outcome::indefinite: return "indefinite";
-    case Outcome::inconsistent: return "inconsistent";
-    case Outcome::preconditioner: return "preconditioner";
-    case Outcome::non_finite: return "non_finite";
-    case Outcome::interrupted: return "interrupted";
+    case Outcome::converged:
+      return "converged";
+    case Outcome::stagnated:
+      return "stagnated";
+    case Outcome::iteration_limit:
+      return "iteration_limit";
+    case Outcome::indefinite:
+      return "indefinite";
+    case Outcome::inconsistent:
+      return "inconsistent";
+    case Outcome::preconditioner:
+      return "preconditioner";
+    case Outcome::non_finite:
+      return "non_finite";
+    case Outcome::interrupted:
+      return "interrupted";
   }
   return "unknown";
 }
@@ -169,16 +195,21 @@ py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py:
       status = krylov::cg(a, damping, inverse, count, b_data, x_data, control,
                           residual_norms.data(), &report);
     else
-      status = krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(),
-                            &report);
+      status =
+          krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(), &report);
+  }
+  py::dict result;
+  result["history"] = monitor.history();
+  result["iterations"] = monitor.history().size();
+  if (interrupted_by_keyboard()) {
+    result["outcome"] = "interrupted";
+    return result;
   }
   raise_pending_or(status, "solve");
-  py::dict result;
   result["outcome"] = outcome_name(report.outcome);
   result["iterations"] = report.iterations;
   result["products"] = report.products;
   result["residual_norms"] = residual_norms;
-  result["history"] = monitor.history();
   return result;
 }
 

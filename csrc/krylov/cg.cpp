@@ -25,6 +25,7 @@ struct Column {
   double gap_squared = 0;  // estimate of the rounding in the recurred residual
   double rounding = 0;     // what even the recomputed residual cannot see
   int idle = 0;
+  bool fresh = true;  // p is to be z alone
 
   void stop(Outcome why) {
     active = false;
@@ -36,9 +37,17 @@ class ConjugateGradients {
  public:
   ConjugateGradients(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
                      const double* b, double* x, const Control& control)
-      : a_(a), damping_(damping), inverse_(inverse), b_(b), x_(x), control_(control),
-        shape_{a.rows(), count, control.threads}, column_(static_cast<std::size_t>(count)),
-        alpha_(column_.size()), beta_(column_.size()), one_(column_.size(), 1.0),
+      : a_(a),
+        damping_(damping),
+        inverse_(inverse),
+        b_(b),
+        x_(x),
+        control_(control),
+        shape_{a.rows(), count, control.threads},
+        column_(static_cast<std::size_t>(count)),
+        alpha_(column_.size()),
+        beta_(column_.size()),
+        one_(column_.size(), 1.0),
         damping_column_(column_.size(), damping) {
     for (auto& dot : dot_) dot.resize(column_.size());
   }
@@ -77,8 +86,7 @@ class ConjugateGradients {
   Status apply(const double* in, double* out, Accuracy accuracy) {
     ++report_.products;
     const Status status = a_.apply(in, out, shape_.count, accuracy);
-    if (status.ok() && damping_ != 0)
-      combine(shape_, damping_column_.data(), in, one_.data(), out);
+    if (status.ok() && damping_ != 0) combine(shape_, damping_column_.data(), in, one_.data(), out);
     return status;
   }
 
@@ -100,8 +108,7 @@ class ConjugateGradients {
       Column& column = column_[c];
       column.norm_r = std::sqrt(dot_[0][c]);
       column.gap_squared = 0;
-      column.rounding =
-          a_.unit_roundoff(Accuracy::full) * damped_norm() * std::sqrt(dot_[1][c]);
+      column.rounding = a_.unit_roundoff(Accuracy::full) * damped_norm() * std::sqrt(dot_[1][c]);
       if (column.active) judge(column);
     }
     return {};
@@ -122,13 +129,35 @@ class ConjugateGradients {
       column.stop(Outcome::stagnated);
   }
 
-  Status iterate() {
-    ++report_.iterations;
+  Status multiply_direction() {
     if (const Status status = apply(p(), q(), accuracy_); !status.ok()) return status;
     sum(p(), q(), 0);
     sum(p(), p(), 1);
     sum(q(), q(), 2);
     sum(p(), r(), 3);
+    for (std::size_t c = 0; c < column_.size(); ++c)
+      if (column_[c].active && dot_[1][c] > 0)
+        norm_a_ = std::max(norm_a_, std::sqrt(dot_[2][c] / dot_[1][c]));
+    return {};
+  }
+  // No curvature along p that could be told from rounding.
+  bool is_flat(std::size_t c) const {
+    return dot_[0][c] <= a_.unit_roundoff(accuracy_) * norm_a_ * dot_[1][c];
+  }
+  bool any_flat() const {
+    for (std::size_t c = 0; c < column_.size(); ++c)
+      if (column_[c].active && is_flat(c)) return true;
+    return false;
+  }
+
+  Status iterate() {
+    ++report_.iterations;
+    if (const Status status = multiply_direction(); !status.ok()) return status;
+    if (accuracy_ == Accuracy::working && any_flat()) {
+      // Rounding of the working products may hide the sign of the curvature.
+      accuracy_ = Accuracy::full;
+      if (const Status status = multiply_direction(); !status.ok()) return status;
+    }
     const double unit = a_.unit_roundoff(accuracy_);
     bool due = false;
     for (std::size_t c = 0; c < column_.size(); ++c) {
@@ -140,12 +169,17 @@ class ConjugateGradients {
         column.stop(Outcome::non_finite);
         continue;
       }
-      norm_a_ = std::max(norm_a_, std::sqrt(dot_[2][c] / pp));
-      if (pr <= 0 || pq <= unit * norm_a_ * pp) {
-        // Rounding may have done this; the recomputed residual decides what it means.
-        column.stop(pq < -unit * norm_a_ * pp ? Outcome::indefinite
-                    : pr <= 0 && inverse_     ? Outcome::preconditioner
-                                              : Outcome::stagnated);
+      if (pr <= 0) {
+        // Either a replacement turned the residual away from p, and p is given up for z, or z
+        // itself is no descent direction.
+        if (column.fresh) column.stop(inverse_ ? Outcome::preconditioner : Outcome::stagnated);
+        column.fresh = true;
+        continue;
+      }
+      column.fresh = false;
+      if (is_flat(c)) {
+        // p is a null vector, and b·p = r·p is not zero.
+        column.stop(pq < -unit * damped_norm() * pp ? Outcome::indefinite : Outcome::inconsistent);
         continue;
       }
       alpha_[c] = pr / pq;
@@ -177,7 +211,7 @@ class ConjugateGradients {
     const std::vector<double> pq = dot_[0];
     sum(z(), q(), 3);
     for (std::size_t c = 0; c < column_.size(); ++c)
-      beta_[c] = column_[c].active ? -dot_[3][c] / pq[c] : 0.0;
+      beta_[c] = column_[c].active && !column_[c].fresh ? -dot_[3][c] / pq[c] : 0.0;
     combine(shape_, one_.data(), z(), beta_.data(), p());
     return {};
   }
@@ -200,7 +234,8 @@ class ConjugateGradients {
         column.outcome = Outcome::non_finite;
       else if (column.outcome == Outcome::converged)
         column.outcome = Outcome::stagnated;
-      singular |= column.outcome == Outcome::stagnated || column.outcome == Outcome::iteration_limit;
+      singular |=
+          column.outcome == Outcome::stagnated || column.outcome == Outcome::iteration_limit;
       worst = std::max(worst, column.outcome);
     }
     if (singular && !interrupted_) {

@@ -74,11 +74,10 @@ class Dense final : public Operator {
         const T* row = matrix_.data + (begin + i) * matrix_.stride[0];
         std::copy(row, row + n, wide.get() + i * n);
       });
-      const Status status =
-          transposed ? blas::gemm(true, false, n, count, height, 1.0, wide.get(), n,
-                                  x + begin * count, count, 1.0, y, count)
-                     : blas::gemm(false, false, height, count, n, 1.0, wide.get(), n, x, count, 0.0,
-                                  y + begin * count, count);
+      const Status status = transposed ? blas::gemm(true, false, n, count, height, 1.0, wide.get(),
+                                                    n, x + begin * count, count, 1.0, y, count)
+                                       : blas::gemm(false, false, height, count, n, 1.0, wide.get(),
+                                                    n, x, count, 0.0, y + begin * count, count);
       if (!status.ok()) return status;
     }
     return {};

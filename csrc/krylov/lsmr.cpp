@@ -14,9 +14,12 @@ namespace {
 class LeastSquares {
  public:
   LeastSquares(const Operator& a, double damping, const Control& control)
-      : a_(a), control_(control), root_(std::sqrt(damping)),
+      : a_(a),
+        control_(control),
+        root_(std::sqrt(damping)),
         below_(damping > 0 ? a.columns() : 0),
-        tall_{a.rows() + below_, 1, control.threads}, wide_{a.columns(), 1, control.threads} {}
+        tall_{a.rows() + below_, 1, control.threads},
+        wide_{a.columns(), 1, control.threads} {}
 
   Status allocate() {
     memory_ = allocate_scratch<double>(2 * tall_.size + 5 * wide_.size);
@@ -161,8 +164,8 @@ class LeastSquares {
       if (interrupted_ || alpha == 0 || beta == 0) break;
       // A little below the target, so that the recomputed residual passes.
       if (norm_r <= 0.5 * control_.tolerance * norm_b_ ||
-          normal <= 0.5 * control_.tolerance * norm_a_ * norm_r ||
-          normal <= reach * start_normal || norm_r <= reach * start_r)
+          normal <= 0.5 * control_.tolerance * norm_a_ * norm_r || normal <= reach * start_normal ||
+          norm_r <= reach * start_r)
         break;
     }
     for (std::int64_t i = 0; i < wide_.size; ++i)

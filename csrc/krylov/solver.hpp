@@ -13,13 +13,13 @@ namespace jacpot::krylov {
 
 enum class Outcome {
   converged,
-  stagnated,        // the residual cannot be made smaller in this arithmetic
+  stagnated,  // the residual cannot be made smaller in this arithmetic
   iteration_limit,
-  indefinite,       // a direction of negative curvature
-  inconsistent,     // singular, and the right-hand side is not in the range
-  preconditioner,   // the preconditioner is not positive definite
+  indefinite,      // a direction of negative curvature
+  inconsistent,    // singular, and the right-hand side is not in the range
+  preconditioner,  // the preconditioner is not positive definite
   non_finite,
-  interrupted       // by the monitor
+  interrupted  // by the monitor
 };
 
 struct Control {
@@ -39,7 +39,8 @@ struct Control {
 struct Report {
   Outcome outcome = Outcome::iteration_limit;
   std::int64_t iterations = 0;
-  std::int64_t products = 0;  // applications of the operator or its transpose, to any number of columns
+  std::int64_t products =
+      0;  // applications of the operator or its transpose, to any number of columns
 };
 
 // Every solver: b and x are (size, count), row-major; x holds the first guess and then the result;
@@ -48,7 +49,8 @@ struct Report {
 // (A + damping·I) x = b for symmetric positive definite A; `inverse` approximates the inverse of
 // the damped operator, or is null. Each column has its own recurrence, products are shared.
 Status cg(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
-          const double* b, double* x, const Control& control, double* residual_norms, Report* report);
+          const double* b, double* x, const Control& control, double* residual_norms,
+          Report* report);
 
 // min ‖A x - b‖² + damping·‖x‖² for any A; of all minimisers the one of least norm when x starts
 // at zero. Converged: ‖r‖ <= tolerance·‖b‖, or ‖Aᵀr‖ <= tolerance·‖A‖·‖r‖ where there is no

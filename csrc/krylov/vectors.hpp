@@ -17,7 +17,9 @@ struct Shape {
   int threads;
 
   static constexpr std::int64_t chunk_elements = 8192;
-  std::int64_t chunk_rows() const { return std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, count)); }
+  std::int64_t chunk_rows() const {
+    return std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, count));
+  }
   std::int64_t chunks() const { return (size + chunk_rows() - 1) / chunk_rows(); }
   std::int64_t elements() const { return size * count; }
 
@@ -45,7 +47,8 @@ void reduce(const Shape& shape, std::int64_t width, double* partial, double* out
 }
 
 // out[c] = Σ_i x[i, c] · y[i, c]
-inline void dots(const Shape& shape, const double* x, const double* y, double* partial, double* out) {
+inline void dots(const Shape& shape, const double* x, const double* y, double* partial,
+                 double* out) {
   const std::int64_t count = shape.count;
   reduce(shape, count, partial, out, [=](std::int64_t begin, std::int64_t end, double* sums) {
     if (count == 1) {

@@ -2,6 +2,7 @@
 
 from jacpot import tickets
 from jacpot._backend import build_info
+from jacpot.linalg import Solution, solve
 from jacpot.tickets import Mask
 
-__all__ = ["Mask", "build_info", "tickets"]
+__all__ = ["Mask", "Solution", "build_info", "solve", "tickets"]

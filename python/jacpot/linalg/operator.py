@@ -20,7 +20,8 @@ class LinearOperator:
     """A matrix of shape ``(rows, columns)`` that is known by its products.
 
     A subclass sets ``shape`` and ``dtype`` and implements ``_matmat``, and ``_adjoint`` where
-    the transpose is known; everything else follows.
+    the transpose is known; everything else follows. ``_double`` and ``_dense`` may be given where
+    there is a better way than the general one.
 
     Attributes
     ----------
@@ -39,12 +40,14 @@ class LinearOperator:
     def _adjoint(self) -> LinearOperator:
         raise NotImplementedError(f"{type(self).__name__} does not know its transpose")
 
-    def double(self) -> LinearOperator:
-        """Return the same matrix with products in float64, where that can be had; else self."""
+    def _double(self) -> LinearOperator:
         return self
 
-    def core(self) -> Any:
-        """Return what the compiled solvers call for a product."""
+    def _dense(self) -> Tensor:
+        return self._matmat(torch.eye(self.shape[1], dtype=self.dtype))
+
+    def _core(self) -> Any:
+        """Give what the compiled solvers call for a product."""
         full = self.double()
         return core.CallbackOperator(
             *self.shape,
@@ -72,7 +75,11 @@ class LinearOperator:
 
     def dense(self) -> Tensor:
         """Write the matrix out, (rows, columns)."""
-        return self._matmat(torch.eye(self.shape[1], dtype=self.dtype))
+        return self._dense()
+
+    def double(self) -> LinearOperator:
+        """Return the same matrix with products in float64, where that can be had; else self."""
+        return self._double()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
@@ -119,13 +126,13 @@ class DenseOperator(LinearOperator):
     def _adjoint(self) -> LinearOperator:
         return DenseOperator(self.matrix.T)
 
-    def double(self) -> LinearOperator:
+    def _double(self) -> LinearOperator:
         return DenseOperator(self.matrix.double())
 
-    def core(self) -> Any:
+    def _core(self) -> Any:
         return core.DenseOperator(self.matrix.numpy(), threads())
 
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         return self.matrix
 
 
@@ -176,7 +183,7 @@ class FunctionOperator(LinearOperator):
             None if make is None else lambda: make().T,
         )
 
-    def double(self) -> LinearOperator:
+    def _double(self) -> LinearOperator:
         return self if self._make_double is None else self._make_double()
 
 

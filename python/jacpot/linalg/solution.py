@@ -98,8 +98,10 @@ class Solution:
             f"{self.iterations} iterations, relative residual {self.relative_residual:.2e}, "
             f"{self.seconds:.3g} s{setup}"
         )
-        return text if self.converged else f"{text}. {self.status.message[0].upper()}" + (
-            f"{self.status.message[1:]}."
+        return (
+            text
+            if self.converged
+            else f"{text}. {self.status.message[0].upper()}" + (f"{self.status.message[1:]}.")
         )
 
 

@@ -94,7 +94,7 @@ def solve(
     a = as_operator(operator, rhs)
     _check_arguments(a, b, damping, tol, max_iter)
     method = _choose(method, a)
-    columns = b.double().reshape(b.shape[0], -1)
+    columns = b.double() if b.ndim == 2 else b.double()[:, None]
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scale = _power_of_two(columns)
     x = torch.zeros(a.shape[1], columns.shape[1], dtype=torch.float64)
@@ -109,33 +109,23 @@ def solve(
     setup = time.perf_counter()
     inverse, name = _prepare(preconditioner, a, damping)
     setup = time.perf_counter() - setup
-    result: dict[str, Any]
     columns = (columns / scale).contiguous()
     x = x.contiguous()
-    interrupted = False
-    try:
-        result = core.krylov_solve(
-            method,
-            a.core(),
-            columns.numpy(),
-            x.numpy(),
-            float(damping),
-            None if inverse is None else inverse.core(),
-            float(tol),
-            min(10 * a.shape[1], 20_000) if max_iter is None else int(max_iter),
-            threads(),
-            callback,
-        )
-    except KeyboardInterrupt:
-        interrupted = True
-        residual = columns - a.double() @ x - damping * x if a.shape[0] == a.shape[1] else columns
-        result = {
-            "outcome": "interrupted",
-            "iterations": 0,
-            "products": 0,
-            "history": [],
-            "residual_norms": residual.norm(dim=0).tolist(),
-        }
+    result: dict[str, Any] = core.krylov_solve(
+        method,
+        a._core(),
+        columns.numpy(),
+        x.numpy(),
+        float(damping),
+        None if inverse is None else inverse._core(),
+        float(tol),
+        min(10 * a.shape[1], 20_000) if max_iter is None else int(max_iter),
+        threads(),
+        callback,
+    )
+    interrupted = "residual_norms" not in result  # by Ctrl-C, before the last recomputation
+    if interrupted:
+        result["residual_norms"] = _residual(a, columns, x, damping).norm(dim=0).tolist()
     norms = torch.tensor(result["residual_norms"], dtype=torch.float64)
     relative = torch.where(norms > 0, norms / columns.norm(dim=0), 0.0)
     worst = int(relative.argmax()) if len(relative) else None
@@ -151,7 +141,7 @@ def solve(
         preconditioner=name,
         seconds=time.perf_counter() - start,
         setup_seconds=setup if inverse is not None else 0.0,
-        details={"products": result["products"]},
+        details={"products": result.get("products", 0)},
     )
     if interrupted:
         raise Interrupted(solution)
@@ -182,6 +172,11 @@ def _choose(method: str, a: LinearOperator) -> str:
     if method == "cg" and not square:
         raise ValueError(f"method 'cg' needs a square operator, got shape {a.shape}")
     return method
+
+
+def _residual(a: LinearOperator, b: Tensor, x: Tensor, damping: float) -> Tensor:
+    residual = b - a.double() @ x
+    return residual - damping * x if a.shape[0] == a.shape[1] else residual
 
 
 def _power_of_two(columns: Tensor) -> Tensor:
