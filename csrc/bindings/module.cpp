@@ -4,4 +4,5 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled kernels of jacpot. Use the functions of the jacpot package instead.";
   jacpot::bind_build_info(m);
   jacpot::bind_krylov(m);
+  jacpot::bind_masked_matmul(m);
 }

@@ -1,0 +1,243 @@
+"""The sparse product and its derivatives, on every instruction set, against the dense product."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import jacpot
+from jacpot import _backend
+from jacpot.reference import masked_matmul as oracle
+
+ISAS = jacpot.build_info()["isas_supported"]
+isas = pytest.mark.parametrize("isa", ISAS)
+DTYPES = [torch.float32, torch.float64]
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def draw_mask(shape, density, seed, ragged=False):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < density
+    if ragged and mask.numel():
+        mask[::3] = False
+        mask[:, ::5] = False
+        mask[shape[0] // 2] = True
+    return mask
+
+
+def strided(tensor, order):
+    """Return the same matrix in another memory layout."""
+    if order == "feature":
+        return tensor.t().contiguous().t()
+    if order == "padded":
+        padded = tensor.new_zeros(tensor.shape[0], tensor.shape[1] + 3)
+        padded[:, : tensor.shape[1]] = tensor
+        return padded[:, : tensor.shape[1]]
+    if order == "every other":
+        return tensor.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+    return tensor
+
+
+def assert_close(actual, a, b, c=None, *, terms):
+    """`actual` is a @ b (+ c) to a few roundings of each of `terms` products."""
+    wide = [None if t is None else t.double() for t in (a, b, c)]
+    expected = wide[0] @ wide[1]
+    scale = wide[0].abs() @ wide[1].abs()
+    if c is not None:
+        expected, scale = expected + wide[2], scale + wide[2].abs()
+    eps = torch.finfo(actual.dtype).eps
+    error = (actual.double() - expected).abs()
+    assert (error <= 4 * eps * max(terms, 1) ** 0.5 * scale + 1e-300).all(), error.max()
+
+
+problems = st.fixed_dictionaries(
+    {
+        "examples": st.one_of(st.integers(0, 9), st.sampled_from([31, 64, 130])),
+        "shape": st.tuples(st.integers(0, 40), st.one_of(st.integers(0, 40), st.just(300))),
+        "density": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        "ragged": st.booleans(),
+        "order": st.sampled_from(["row", "feature", "padded", "every other"]),
+        "layout": st.sampled_from(["row", "feature"]),
+        "dtype": st.sampled_from(DTYPES),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@isas
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, bias=st.booleans(), relu=st.booleans())
+@example(
+    problem={
+        "examples": 130,
+        "shape": (40, 300),
+        "density": 0.1,
+        "ragged": True,
+        "order": "row",
+        "layout": "row",
+        "dtype": torch.float32,
+        "seed": 0,
+    },
+    bias=True,
+    relu=True,
+)
+def test_forward(isa, problem, bias, relu):
+    shape, dtype = problem["shape"], problem["dtype"]
+    mask = draw_mask(shape, problem["density"], problem["seed"], problem["ragged"])
+    pattern = jacpot.Pattern(mask)
+    generator = torch.Generator().manual_seed(problem["seed"])
+    x = torch.randn(problem["examples"], shape[1], dtype=dtype, generator=generator)
+    values = torch.randn(pattern.nnz, dtype=dtype, generator=generator)
+    b = torch.randn(shape[0], dtype=dtype, generator=generator) if bias else None
+    with _backend.isa(isa):
+        y = jacpot.masked_matmul(
+            strided(x, problem["order"]), values, pattern, b, relu=relu, layout=problem["layout"]
+        )
+        again = jacpot.masked_matmul(x, values, pattern, b, relu=relu)
+    assert y.shape == (problem["examples"], shape[0])
+    if problem["layout"] == "feature" and y.numel():
+        assert y.t().is_contiguous()
+    assert torch.equal(y, again)
+    weight = oracle.expand(values, mask)
+    if relu:
+        expected = oracle.masked_matmul(x.double(), values.double(), mask, b).relu()
+        assert torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-4)
+        assert (y >= 0).all()
+    else:
+        assert_close(y, x, weight.T, b, terms=shape[1])
+
+
+@isas
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, dy_order=st.sampled_from(["row", "feature"]))
+def test_backward(isa, problem, dy_order):
+    shape, dtype, n = problem["shape"], problem["dtype"], problem["examples"]
+    mask = draw_mask(shape, problem["density"], problem["seed"], problem["ragged"])
+    pattern = jacpot.Pattern(mask)
+    generator = torch.Generator().manual_seed(problem["seed"])
+    x = torch.randn(n, shape[1], dtype=dtype, generator=generator)
+    dy = torch.randn(n, shape[0], dtype=dtype, generator=generator)
+    values = torch.randn(pattern.nnz, dtype=dtype, generator=generator)
+    backward = torch.ops.jacpot.masked_matmul_backward
+    arguments = strided(dy, dy_order), strided(x, problem["order"]), values, pattern.block
+    with _backend.isa(isa):
+        dx, d_values = backward(*arguments, True, True)
+        dx_alone, nothing = backward(*arguments, True, False)
+        assert nothing.numel() == 0
+        nothing, d_values_alone = backward(*arguments, False, True)
+        assert nothing.numel() == 0
+    assert_close(dx, dy, oracle.expand(values, mask), terms=shape[0])
+    full = pattern.expand(d_values)
+    kept = mask.to(dtype)
+    wide_scale = (dy.double().abs().T @ x.double().abs()) * kept
+    error = (full.double() - (dy.double().T @ x.double()) * kept).abs()
+    bound = 4 * torch.finfo(dtype).eps * max(n, 1) ** 0.5 * wide_scale
+    assert (error <= bound + 1e-300).all()
+    assert torch.allclose(dx, dx_alone, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(d_values, d_values_alone, rtol=1e-4, atol=1e-4)
+
+
+@isas
+def test_same_bits_every_time(isa):
+    mask = draw_mask((200, 300), 0.1, 0, ragged=True)
+    pattern = jacpot.Pattern(mask)
+    x, dy = torch.randn(300, 300), torch.randn(300, 200)
+    values = torch.randn(pattern.nnz)
+    results = []
+    with _backend.isa(isa):
+        for count in (1, 2, 3, 4, 2, 4):
+            with threads(count):
+                y = jacpot.masked_matmul(x, values, pattern)
+                dx, dv = torch.ops.jacpot.masked_matmul_backward(
+                    dy, x, values, pattern.block, True, True
+                )
+            results.append((y, dx, dv))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def small_problem():
+    torch.manual_seed(0)
+    pattern = jacpot.Pattern(torch.rand(7, 5) < 0.4)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(pattern.nnz, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    return pattern, x, values, bias
+
+
+@pytest.mark.parametrize("layout", ["row", "feature"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_differentiates(relu, layout):
+    pattern, x, values, bias = small_problem()
+
+    def f(x, values, bias):
+        return jacpot.masked_matmul(x, values, pattern, bias, relu=relu, layout=layout)
+
+    assert torch.autograd.gradcheck(f, (x, values, bias))
+    assert torch.autograd.gradgradcheck(f, (x, values, bias))
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_differentiates_one_argument_alone(wanted):
+    pattern, *arguments = small_problem()
+    arguments = [a.detach().requires_grad_(i == wanted) for i, a in enumerate(arguments)]
+    assert torch.autograd.gradcheck(
+        lambda x, v, b: jacpot.masked_matmul(x, v, pattern, b), tuple(arguments)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_are_well_formed(dtype):
+    pattern, *arguments = small_problem()
+    x, values, bias = (a.detach().to(dtype).requires_grad_() for a in arguments)
+    ops = torch.ops.jacpot
+    check = torch.library.opcheck
+    check(ops.masked_matmul.default, (x, values, bias, pattern.block, 7, False, False))
+    check(ops.masked_matmul.default, (x, values, None, pattern.block, 7, True, True))
+    dy = torch.randn(3, 7, dtype=dtype, requires_grad=True)
+    for wants in ((True, True), (True, False), (False, True)):
+        check(ops.masked_matmul_backward.default, (dy, x, values, pattern.block, *wants))
+    weight = torch.randn(7, 5, dtype=dtype, requires_grad=True)
+    check(ops.compress.default, (weight, pattern.block, pattern.nnz))
+    check(ops.expand.default, (values, pattern.block, 7, 5))
+
+
+def test_leading_dimensions_and_numpy():
+    mask = draw_mask((6, 4), 0.5, 0)
+    pattern = jacpot.Pattern(mask)
+    x, values = torch.randn(2, 3, 4), torch.randn(pattern.nnz)
+    expected = oracle.masked_matmul(x, values, mask)
+    torch.testing.assert_close(jacpot.masked_matmul(x, values, pattern), expected)
+    torch.testing.assert_close(jacpot.masked_matmul(x[0, 0], values, pattern), expected[0, 0])
+    result = jacpot.masked_matmul(x.numpy(), values.numpy(), pattern)
+    assert isinstance(result, np.ndarray)
+    np.testing.assert_allclose(result, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_refusals():
+    pattern = jacpot.Pattern(torch.ones(2, 3, dtype=torch.bool))
+    x, values = torch.ones(4, 3), torch.ones(6)
+    with pytest.raises(ValueError, match=r"'x' must have shape \(..., 3\)"):
+        jacpot.masked_matmul(torch.ones(4, 2), values, pattern)
+    with pytest.raises(ValueError, match=r"'values' must have shape \(6,\), got \(5,\)"):
+        jacpot.masked_matmul(x, torch.ones(5), pattern)
+    with pytest.raises(ValueError, match=r"'bias' must have shape \(2,\), got \(3,\)"):
+        jacpot.masked_matmul(x, values, pattern, torch.ones(3))
+    with pytest.raises(ValueError, match="'layout' must be 'row' or 'feature', got 'column'"):
+        jacpot.masked_matmul(x, values, pattern, layout="column")
+    with pytest.raises(TypeError, match="'values' must be float32 like 'x', got float64"):
+        jacpot.masked_matmul(x, values.double(), pattern)
+    with pytest.raises(TypeError, match="'x' must be float32 or float64, got int64"):
+        jacpot.masked_matmul(x.long(), values.long(), pattern)
