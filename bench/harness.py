@@ -1,0 +1,213 @@
+"""Compare contenders on the same inputs, alternately, in one process.
+
+>>> report = Report("example")
+>>> report.compare("N=256", {"ours": f, "peer": g}, agree=lambda a, b: max_error(a, b))
+>>> report.show(); report.save("example.json")
+
+The clock of a shared machine drifts by tens of percent within a minute, so contenders take
+turns, call by call, and the ratio of their medians is the figure that means something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import jacpot
+
+__all__ = ["Report", "Timing", "alternate", "environment", "max_error", "parser"]
+
+
+@dataclass
+class Timing:
+    """Seconds a call of one contender took, one per round."""
+
+    name: str
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles, relative to the median."""
+        if len(self.seconds) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    budget: float = 3.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> dict[str, Timing]:
+    """Time the contenders call by call in turns, after one warm-up call of each.
+
+    Rounds go on until ``budget`` seconds have passed in all.
+    """
+    for call in contenders.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for round_ in range(max_rounds):
+            if round_ >= min_rounds and time.perf_counter() - start > budget:
+                break
+            for name, call in contenders.items():
+                begin = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - begin)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return {name: Timing(name, times) for name, times in seconds.items()}
+
+
+def _flatten(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in _flatten(item)]
+    return [torch.as_tensor(value).detach()]
+
+
+def max_error(actual: Any, expected: Any) -> float:
+    """Largest difference, relative to the largest expected entry; for (nests of) arrays."""
+    worst = 0.0
+    for a, b in zip(_flatten(actual), _flatten(expected), strict=True):
+        if b.numel():
+            scale = b.abs().max().item() or 1.0
+            worst = max(worst, (a.to(b.dtype) - b).abs().max().item() / scale)
+    return worst
+
+
+def environment() -> dict[str, Any]:
+    """Describe what the figures were measured on."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "system": platform.platform(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "jacpot": jacpot.build_info(),
+        "mkl": torch.backends.mkl.is_available(),
+    }
+
+
+@dataclass
+class Report:
+    """Collects comparisons; prints a table and writes JSON with the environment."""
+
+    title: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def compare(
+        self,
+        case: str,
+        contenders: Mapping[str, Callable[[], Any]],
+        *,
+        agree: Callable[[Any, Any], float] | None = max_error,
+        tolerance: float = 1e-3,
+        flops: float | None = None,
+        **timing: Any,
+    ) -> dict[str, Timing]:
+        """Check that the contenders agree with the first one, then time them in turns.
+
+        Parameters
+        ----------
+        case
+            What the row is called.
+        contenders
+            By name; the first is ours, ratios are of the others over it.
+        agree
+            Error of a result against the first contender's; None skips the check.
+        tolerance
+            Largest error that passes.
+        flops
+            Useful operations of one call, for the rate in the table.
+        timing
+            Passed on to :func:`alternate`.
+
+        Raises
+        ------
+        AssertionError
+            If a contender disagrees.
+        """
+        names = list(contenders)
+        errors: dict[str, float] = {}
+        if agree is not None and len(names) > 1:
+            ours = contenders[names[0]]()
+            for name in names[1:]:
+                errors[name] = agree(ours, contenders[name]())
+                assert errors[name] <= tolerance, f"{case}: {name} differs by {errors[name]:.2e}"
+        timings = alternate(contenders, **timing)
+        ours_median = timings[names[0]].median
+        self.rows.append(
+            {
+                "case": case,
+                "median_seconds": {name: t.median for name, t in timings.items()},
+                "spread": {name: t.spread for name, t in timings.items()},
+                "rounds": len(timings[names[0]].seconds),
+                "ratio": {name: timings[name].median / ours_median for name in names[1:]},
+                "error": errors,
+                "gflops": flops / ours_median / 1e9 if flops else None,
+            }
+        )
+        return timings
+
+    def show(self) -> None:
+        """Print the medians in milliseconds and the ratios of the others to the first."""
+        table = Table(title=self.title)
+        names: list[str] = []
+        for row in self.rows:
+            names += [name for name in row["median_seconds"] if name not in names]
+        table.add_column("case")
+        for name in names:
+            table.add_column(f"{name} [ms]", justify="right")
+        for name in names[1:]:
+            table.add_column(f"{name} / {names[0]}", justify="right")
+        table.add_column("GF/s", justify="right")
+        for row in self.rows:
+            medians, ratios = row["median_seconds"], row["ratio"]
+            table.add_row(
+                row["case"],
+                *(f"{medians[n] * 1e3:.3f}" if n in medians else "" for n in names),
+                *(f"{ratios[n]:.2f}x" if n in ratios else "" for n in names[1:]),
+                f"{row['gflops']:.0f}" if row["gflops"] else "",
+            )
+        Console(width=200).print(table)
+
+    def save(self, path: str | Path) -> None:
+        """Write the rows and the environment as JSON."""
+        text = json.dumps({**asdict(self), "environment": environment()}, indent=2, default=str)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark takes: ``--json``, ``--threads``, ``--quick``."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", type=Path, help="write the figures and the environment here")
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--quick", action="store_true", help="small sizes, a few rounds")
+    return options
