@@ -12,15 +12,6 @@ from jacpot import tickets
 from jacpot.tickets import Mask, _files
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bitwise comparisons between processes need the same number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jacpot.tickets._names import named_parameters, owners
+from jacpot.tickets._parametrize import original, parametrizations, register, unregister
 from jacpot.tickets.mask import Mask
 
 __all__ = ["Masked", "applied", "applied_mask", "apply", "bake", "remove"]
@@ -31,10 +32,9 @@ class Masked(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, position: int) -> None:
+    def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
-        self.position = position  # among its layer's parameters when it was put on
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with pruned entries at zero."""
@@ -43,58 +43,7 @@ class Masked(nn.Module):
 
 def _masked(child: nn.Module) -> dict[str, Masked]:
     """The masks on the parameters of one layer, by attribute name."""
-    lists = getattr(child, "parametrizations", {})
-    return {leaf: chain[0] for leaf, chain in lists.items() if isinstance(chain[0], Masked)}
-
-
-def _original(child: nn.Module, leaf: str) -> nn.Parameter:
-    original: nn.Parameter = cast(Any, child).parametrizations[leaf].original
-    return original
-
-
-def _register(child: nn.Module, leaf: str, masked: Masked) -> None:
-    parametrize.register_parametrization(child, leaf, masked)
-    # torch's injected class refuses to pickle, and shares itself with deep copies so that
-    # removing a parametrization from one breaks the other. A copy is made anew instead.
-    injected = type(child)
-    if "__deepcopy__" in vars(injected):
-        del injected.__deepcopy__  # type: ignore[attr-defined]
-    injected.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
-
-
-def _unregister(child: nn.Module, leaf: str) -> None:
-    position = _masked(child)[leaf].position
-    parametrize.remove_parametrizations(child, leaf, leave_parametrized=False)
-    names = [name for name in child._parameters if name != leaf]
-    names.insert(position, leaf)  # torch appends it: the order of parameters() would change
-    child._parameters = {name: child._parameters[name] for name in names}
-
-
-def _reduce(child: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    masked = _masked(child)
-    if len(masked) != len(cast(Any, child).parametrizations):
-        raise RuntimeError(
-            f"a {type(child).__name__} with parametrizations besides a mask cannot be copied"
-        )
-    state = dict(child.__dict__)
-    state["_modules"] = {k: v for k, v in child._modules.items() if k != "parametrizations"}
-    state["_parameters"] = dict(child._parameters)
-    originals = {leaf: _original(child, leaf) for leaf in masked}
-    return _rebuild, (parametrize.type_before_parametrizations(child), state, originals, masked)
-
-
-def _rebuild(
-    kind: type[nn.Module],
-    state: dict[str, Any],
-    originals: dict[str, nn.Parameter],
-    masked: dict[str, Masked],
-) -> nn.Module:
-    child = kind.__new__(kind)
-    child.__setstate__(state)  # type: ignore[no-untyped-call]
-    child._parameters.update(originals)
-    for leaf, parametrization in masked.items():
-        _register(child, leaf, parametrization)
-    return child
+    return {k: v for k, v in parametrizations(child).items() if isinstance(v, Masked)}
 
 
 def apply(module: M, mask: Mapping[str, Tensor]) -> M:
@@ -140,8 +89,7 @@ def apply(module: M, mask: Mapping[str, Tensor]) -> M:
     worn: dict[int, list[Masked]] = {}
     for child in module.modules():
         for leaf, masked in _masked(child).items():
-            original = _original(child, leaf)
-            worn.setdefault(id(original), []).append(masked)
+            worn.setdefault(id(original(child, leaf)), []).append(masked)
     places = {name: owners(module, parameters[name]) for name in checked}
     for name, held in places.items():
         foreign = any(isinstance(child, parametrize.ParametrizationList) for child, _ in held)
@@ -156,8 +104,7 @@ def apply(module: M, mask: Mapping[str, Tensor]) -> M:
                 masked.mask.copy_(kept)
         else:
             for child, leaf in places[name]:
-                position = list(child._parameters).index(leaf)
-                _register(child, leaf, Masked(kept.clone(), position))
+                register(child, leaf, Masked(kept.clone()))
     return module
 
 
@@ -175,8 +122,8 @@ def remove(module: M) -> M:
     True
     """
     for child in list(module.modules()):
-        for leaf in reversed(_masked(child)):  # the last on is the first off: see `position`
-            _unregister(child, leaf)
+        for leaf in reversed(_masked(child)):
+            unregister(child, leaf)
     return module
 
 
@@ -188,8 +135,7 @@ def bake(module: M) -> M:
     with torch.no_grad():
         for child in module.modules():
             for leaf, masked in _masked(child).items():
-                original = _original(child, leaf)
-                original.masked_fill_(~masked.mask, 0)
+                original(child, leaf).masked_fill_(~masked.mask, 0)
     return remove(module)
 
 
@@ -206,7 +152,7 @@ def applied_mask(module: nn.Module) -> Mask:
     parameters = {id(p): name for name, p in named_parameters(module).items()}
     return Mask(
         {
-            parameters[id(_original(child, leaf))]: masked.mask
+            parameters[id(original(child, leaf))]: masked.mask
             for child in module.modules()
             for leaf, masked in _masked(child).items()
         }
