@@ -5,6 +5,19 @@ from jacpot._backend import build_info
 from jacpot.linalg import Solution, solve
 from jacpot.ops.masked_matmul import masked_matmul
 from jacpot.ops.pattern import Pattern
+from jacpot.tangent import Jacobian, jacobian, ntk, register_layer_rule
 from jacpot.tickets import Mask
 
-__all__ = ["Mask", "Pattern", "Solution", "build_info", "masked_matmul", "solve", "tickets"]
+__all__ = [
+    "Jacobian",
+    "Mask",
+    "Pattern",
+    "Solution",
+    "build_info",
+    "jacobian",
+    "masked_matmul",
+    "ntk",
+    "register_layer_rule",
+    "solve",
+    "tickets",
+]

@@ -1,0 +1,212 @@
+"""From the terms of each parameter to the blocks of the Jacobian, under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacpot.ops.jacobian import Block, Factors, Rows
+from jacpot.ops.pattern import Pattern
+from jacpot.tangent.rules.terms import Outer, Summed, Term
+
+__all__ = ["Column", "Columns", "assemble"]
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """The columns of one parameter.
+
+    Attributes
+    ----------
+    name, shape
+        The parameter's.
+    kept
+        Flat indices of its kept elements, rising; None keeps all.
+    """
+
+    name: str
+    shape: torch.Size
+    kept: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """How many columns."""
+        return self.shape.numel() if self.kept is None else len(self.kept)
+
+
+class Columns:
+    """The columns of a Jacobian: kept elements of the parameters in the module's order.
+
+    Parameters
+    ----------
+    parameters
+        By name in the module's order.
+    mask
+        Kept elements by name; what is not named is kept whole.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
+        self.parameters = [
+            Column(
+                name,
+                value.shape,
+                None
+                if name not in mask or mask[name].all()
+                else mask[name].flatten().nonzero().squeeze(1),
+            )
+            for name, value in parameters.items()
+        ]
+        self.size = sum(column.size for column in self.parameters)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by parameter name -> ``(P,)``; elements that are not kept are left out.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes differ from the parameters'.
+        """
+        names = [column.name for column in self.parameters]
+        if set(tensors) != set(names):
+            raise ValueError(f"expected tensors for {names}, got {list(tensors)}")
+        parts = []
+        for column in self.parameters:
+            tensor = tensors[column.name]
+            if tensor.shape != column.shape:
+                raise ValueError(
+                    f"expected shape {tuple(column.shape)} for {column.name!r}, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            flat = tensor.detach().flatten()
+            parts.append(flat if column.kept is None else flat[column.kept])
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """``(P,)`` or ``(P, R)`` -> tensors by parameter name, zero where nothing is kept.
+
+        Raises
+        ------
+        ValueError
+            If the vector has another length.
+        """
+        if vector.ndim not in (1, 2) or len(vector) != self.size:
+            raise ValueError(
+                f"argument 'vector' must have shape ({self.size},) or ({self.size}, R), got "
+                f"{tuple(vector.shape)}"
+            )
+        tensors = {}
+        parts = torch.split(vector, [column.size for column in self.parameters])
+        for column, part in zip(self.parameters, parts, strict=True):
+            if column.kept is not None:
+                full = part.new_zeros(column.shape.numel(), *part.shape[1:])
+                full[column.kept] = part
+                part = full
+            tensors[column.name] = part.reshape(*column.shape, *part.shape[1:])
+        return tensors
+
+
+def assemble(
+    terms: Mapping[str, Sequence[Term]], columns: Columns, like: Tensor
+) -> tuple[list[Block], list[Tensor | None]]:
+    """Make the blocks of a Jacobian, in the order of its columns.
+
+    Parameters
+    ----------
+    terms
+        What each parameter's uses add, by name.
+    columns
+        The columns wanted.
+    like
+        The outputs ``(N, K)``.
+
+    Returns
+    -------
+    blocks
+        One for each parameter or weight with its bias.
+    orders
+        For a block whose columns are not in the parameter's order, where among them each goes.
+    """
+    blocks: list[Block] = []
+    orders: list[Tensor | None] = []
+    waiting = list(columns.parameters)
+    while waiting:
+        column = waiting.pop(0)
+        found = terms.get(column.name, [])
+        if column.size == 0:
+            continue
+        weight = _joined(found)
+        if weight is None:
+            rows = _rows(found, like, column.shape.numel())
+            blocks.append(Rows(rows if column.kept is None else rows[:, :, column.kept]))
+            orders.append(None)
+            continue
+        bias = bool(waiting) and _is_bias(terms.get(waiting[0].name, []), found, waiting[0])
+        if bias:
+            waiting.pop(0)
+        pattern, order = _layout(weight, column)
+        blocks.append(Factors(weight.activations, weight.signals, pattern, bias))
+        orders.append(order)
+    return blocks, orders
+
+
+def _joined(found: Sequence[Term]) -> Outer | None:
+    """One outer product for all uses, whose positions follow each other; None if they differ."""
+    weights = [term for term in found if isinstance(term, Outer)]
+    if not weights or len(weights) != len(found):
+        return None
+    first = weights[0]
+    if any((w.shape, w.transposed) != (first.shape, first.transposed) for w in weights):
+        return None
+    return Outer(
+        _contiguous([w.activations for w in weights], 1),
+        _contiguous([w.signals for w in weights], 2),
+        first.transposed,
+    )
+
+
+def _contiguous(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), axis)
+
+
+def _is_bias(found: Sequence[Term], weight: Sequence[Term], column: Column) -> bool:
+    """Whether these are the sums of the weight's own signals, and none of them is pruned."""
+    return (
+        column.kept is None
+        and len(found) == len(weight)
+        and not any(isinstance(w, Outer) and w.transposed for w in weight)
+        and all(
+            isinstance(b, Summed) and isinstance(w, Outer) and b.signals is w.signals
+            for b, w in zip(found, weight, strict=True)
+        )
+    )
+
+
+def _rows(found: Sequence[Term], like: Tensor, size: int) -> Tensor:
+    """Rows ``(N, K, P)`` of a parameter without factors: the sum over its uses."""
+    if not found:
+        return like.new_zeros(*like.shape, size)
+    total = found[0].rows()
+    for term in found[1:]:
+        total = total + term.rows()
+    return total
+
+
+def _layout(weight: Outer, column: Column) -> tuple[Pattern | None, Tensor | None]:
+    """Pattern of the ``(G·O, I)`` block, and the columns' order if it is not the parameter's."""
+    g, o, i = weight.shape
+    if not weight.transposed:
+        if column.kept is None:
+            return None, None
+        mask = torch.zeros(g * o * i, dtype=torch.bool)
+        mask[column.kept] = True
+        return Pattern(mask.view(g * o, i)), None
+    order = torch.arange(g * o * i).view(g, i, o).transpose(1, 2).flatten()
+    if column.kept is None:
+        return None, order
+    rank = torch.full((g * o * i,), -1)
+    rank[column.kept] = torch.arange(len(column.kept))
+    order = rank[order]
+    return Pattern((order >= 0).view(g * o, i)), order[order >= 0]

@@ -1,0 +1,17 @@
+"""Layer rules, one file a family: how a parameter's Jacobian follows from the signals."""
+
+from jacpot.tangent.rules import convolution, linear
+from jacpot.tangent.rules.registry import RULES, LayerRule, register_layer_rule
+from jacpot.tangent.rules.terms import Outer, Rows, Summed, Term
+
+__all__ = [
+    "RULES",
+    "LayerRule",
+    "Outer",
+    "Rows",
+    "Summed",
+    "Term",
+    "convolution",
+    "linear",
+    "register_layer_rule",
+]

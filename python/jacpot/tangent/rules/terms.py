@@ -1,0 +1,125 @@
+"""What a layer rule returns for a parameter: its share of the Jacobian, factored where it can be.
+
+``M`` counts the instances that the layer saw: examples, or examples times something (frames,
+windows) that the network folded into the leading axis. ``K`` counts the outputs of the network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Fold", "Outer", "Rows", "Summed", "Term", "positions"]
+
+
+class Fold:
+    """From M instances to N examples: what an example's S = M/N instances add are more positions.
+
+    The same tensor folds to the same tensor, so that terms that share one still do.
+
+    Parameters
+    ----------
+    n
+        Examples that were run.
+    keep
+        How many of them to keep.
+    """
+
+    def __init__(self, n: int, keep: int) -> None:
+        self.n, self.keep = n, keep
+        self._done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, axis: int) -> Tensor:
+        """``(N·S, *, T, ...)`` with ``T`` at ``axis`` -> ``(N, *, S·T, ...)``."""
+        if id(x) not in self._done:
+            s = x.shape[0] // self.n
+            y = x
+            if s > 1:
+                y = x.reshape(self.n, s, *x.shape[1:]).movedim(1, axis).flatten(axis, axis + 1)
+            self._done[id(x)] = x, y[: self.keep]
+        return self._done[id(x)][1]
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """A weight's share, ``J[m,k,(g,o),i] = Σ_t signals[m,k,t,g,o] · activations[m,t,g,i]``.
+
+    Parameters
+    ----------
+    activations
+        ``(M, T, G, I)``.
+    signals
+        ``(M, K, T, G, O)``.
+    transposed
+        Whether the parameter is laid out as ``(G, I, O)`` instead of ``(G, O, I)``.
+    """
+
+    activations: Tensor
+    signals: Tensor
+    transposed: bool = False
+
+    def folded(self, fold: Fold) -> Outer:
+        """Count per example."""
+        return Outer(fold(self.activations, 1), fold(self.signals, 2), self.transposed)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, O, I)``."""
+        return self.signals.shape[3], self.signals.shape[4], self.activations.shape[3]
+
+    def rows(self) -> Tensor:
+        """Multiply out, ``(M, K, G·O·I)`` in the parameter's own order."""
+        left, right = self.signals.movedim(2, 4), self.activations.movedim(1, 2)  # T last, T first
+        product = left @ right[:, None]  # (M, K, G, O, I)
+        return (product.transpose(3, 4) if self.transposed else product).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Summed:
+    """A bias' share, ``J[m,k,(g,o)] = Σ_t signals[m,k,t,g,o]``.
+
+    Give the very tensor that an :class:`Outer` holds: the two are then one block.
+    """
+
+    signals: Tensor
+
+    def folded(self, fold: Fold) -> Summed:
+        """Count per example."""
+        return Summed(fold(self.signals, 2))
+
+    def rows(self) -> Tensor:
+        """Add up, ``(M, K, G·O)``."""
+        return self.signals.sum(2).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A share that does not factorise, ``J[m,k,p] = values[m,k,p]``.
+
+    Parameters
+    ----------
+    values
+        ``(M, K, ...)``, the parameter's elements in its own order.
+    """
+
+    values: Tensor
+
+    def folded(self, fold: Fold) -> Rows:
+        """Count per example."""
+        return Rows(fold(self.values.unsqueeze(2), 2).sum(2))
+
+    def rows(self) -> Tensor:
+        """Give the values, ``(M, K, P)``."""
+        return self.values.flatten(2)
+
+
+Term: TypeAlias = Outer | Summed | Rows
+
+
+def positions(x: Tensor, first: int, last: int) -> tuple[int, ...]:
+    """Sizes with all axes from ``first`` up to the ``last`` ones merged into one."""
+    end = x.ndim - last
+    return (*x.shape[:first], math.prod(x.shape[first:end]), *x.shape[end:])
