@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, m) {
   jacpot::bind_build_info(m);
   jacpot::bind_krylov(m);
   jacpot::bind_masked_matmul(m);
+  jacpot::bind_jacobian(m);
 }

@@ -7,12 +7,15 @@ A Jacobian ``J (N, K, P)`` is a sequence of blocks side by side: :class:`Factors
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from jacpot._backend import core, threads
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
+from jacpot.ops.jacobian_gram import Outputs, gram
 
 __all__ = [
     "Block",
@@ -28,9 +31,7 @@ __all__ = [
     "vjp",
 ]
 
-Outputs: TypeAlias = Literal["full", "trace", "diagonal"]
-
-PANEL_ELEMENTS = 1 << 22  # what is held at once beside factors and result, about
+PANEL_ELEMENTS = 1 << 22  # of a random matrix that are held at once, about
 
 
 def _like(result: Tensor, blocks: Sequence[Block]) -> Any:
@@ -50,15 +51,16 @@ def _columns(vector: Any, size: int, dtype: torch.dtype, name: str) -> Tensor:
     return tensor.detach().reshape(size, 1 if tensor.ndim == 1 else tensor.shape[1])
 
 
-def _weight(block: Factors, columns: Tensor) -> Tensor:
-    """Columns ``(P_block, R)`` of a block as weights ``(R, G, O, I)``, zero where none is kept."""
-    g, o, i = block.shape
-    kept = columns[: block.n_weights]
-    if block.pattern is not None:
-        full = columns.new_zeros(g * o * i, columns.shape[1])
-        full[block.kept] = kept
-        kept = full
-    return kept.T.reshape(columns.shape[1], g, o, i)
+def _add_jvp(block: Factors, vectors: Tensor, out: Tensor) -> None:
+    """``out (N, K, R) += J · vectors (R, P)ᵀ``."""
+    core.jacobian_jvp(block.operands, *block.layout, block.bias, False, vectors, out, threads())
+
+
+def _vjp(block: Factors, u: Tensor) -> Tensor:
+    """``uᵀ J``, ``(R, P)``, for contiguous ``u (N, K, R)``."""
+    out = u.new_empty(u.shape[2], block.n_parameters)
+    core.jacobian_vjp(block.operands, *block.layout, block.bias, False, u, out, threads())
+    return out
 
 
 def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
@@ -106,12 +108,8 @@ def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
     for block, column in zip(blocks, columns, strict=True):
         if isinstance(block, Rows):
             out += block.rows @ column
-            continue
-        g, o, _ = block.shape
-        z = torch.einsum("ntgi,rgoi->ntgor", block.activations, _weight(block, column))
-        if block.bias:
-            z += column[block.n_weights :].reshape(g, o, r)
-        out += torch.einsum("nktgo,ntgor->nkr", block.signals, z)
+        else:
+            _add_jvp(block, column.T.contiguous(), out)
     return _like(out if vectors[0].ndim == 2 else out[:, :, 0], blocks)
 
 
@@ -150,18 +148,13 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
             f"u must have shape ({n}, {k}) or ({n}, {k}, R), got {tuple(tensor.shape)}"
         )
     columns = tensor.detach().reshape(n, k, 1 if tensor.ndim == 2 else tensor.shape[2])
-    r = columns.shape[2]
+    columns = columns.contiguous()
     results = []
     for block in blocks:
         if isinstance(block, Rows):
             out = torch.einsum("nkp,nkr->pr", block.rows, columns)
         else:
-            out = columns.new_empty(block.n_parameters, r)
-            w = torch.einsum("nktgo,nkr->ntgor", block.signals, columns)
-            weight = torch.einsum("ntgor,ntgi->goir", w, block.activations).flatten(0, 2)
-            out[: block.n_weights] = weight if block.pattern is None else weight[block.kept]
-            if block.bias:
-                out[block.n_weights :] = w.sum((0, 1)).flatten(0, 1)
+            out = _vjp(block, columns).T.contiguous()
         results.append(_like(out if tensor.ndim == 3 else out[:, 0], blocks))
     return results
 
@@ -180,10 +173,30 @@ def dense(blocks: Sequence[Block]) -> Any:
     out = torch.empty(n, k, sum(b.n_parameters for b in blocks), dtype=dtype)
     start = 0
     for block in blocks:
-        for panel in row_panels(block):
-            out[:, :, start : start + panel.shape[2]] = panel
+        weights = _write_rows(block, out, start)
+        for panel in row_panels(block, weights=not weights):
+            first = start + weights
+            out[:, :, first : first + panel.shape[2]] = panel
             start += panel.shape[2]
+        start += weights
     return _like(out, blocks)
+
+
+def _write_rows(block: Block, out: Tensor, start: int) -> int:
+    """Write a weight's columns straight into ``out`` where they need no selection; say how many."""
+    if isinstance(block, Rows) or block.pattern is not None or not block.n_weights:
+        return 0
+    n, k, t = block.n_examples, block.n_outputs, block.n_positions
+    g, o, i = block.shape
+    if t == 1:
+        core.jacobian_rows(block.operands, out, start, threads())
+    else:
+        for group, output in product(range(g), range(k)):
+            first = start + group * o * i
+            rows = out[:, output, first : first + o * i].view(n, o, i)
+            signals = block.signals[:, output, :, group]  # (N, T, O)
+            torch.bmm(signals.transpose(1, 2), block.activations[:, :, group], out=rows)
+    return block.n_weights
 
 
 def row_norms(blocks: Sequence[Block]) -> Any:
@@ -196,11 +209,25 @@ def row_norms(blocks: Sequence[Block]) -> Any:
     tensor([[5.]])
     """
     n, k, dtype = check_blocks(blocks)
-    total = torch.zeros(n, k, dtype=torch.float64)
+    total = torch.zeros(n, k, 1, dtype=dtype)
     for block in blocks:
-        for panel in row_panels(block):
-            total += panel.square().sum(2)
-    return _like(total.sqrt().to(dtype), blocks)
+        if isinstance(block, Factors) and block.n_positions == 1:
+            # J[n,k,e]² = δ² a², so that the squares' sum is a product with ones.
+            squares = block.operands[0].square()
+            if block.pattern is None:
+                squares = squares.sum(3, keepdim=True)
+            count = block.n_parameters if block.pattern is not None else _units(block)
+            ones = torch.ones(1, count, dtype=dtype)
+            factors = squares, block.operands[1]
+            core.jacobian_jvp(factors, *block.layout, block.bias, True, ones, total, threads())
+        else:
+            for panel in row_panels(block):
+                total[:, :, 0] += panel.square().sum(2)
+    return _like(total[:, :, 0].sqrt(), blocks)
+
+
+def _units(block: Factors) -> int:
+    return block.shape[0] * block.shape[1] * (2 if block.bias else 1)
 
 
 def column_norms(blocks: Sequence[Block]) -> Any:
@@ -214,124 +241,20 @@ def column_norms(blocks: Sequence[Block]) -> Any:
     >>> column_norms([Rows(torch.tensor([[[3.0, 1.0]], [[4.0, 0.0]]]))])
     tensor([5., 1.])
     """
-    _, _, dtype = check_blocks(blocks)
-    panels = (panel.square().sum((0, 1)).sqrt() for b in blocks for panel in row_panels(b))
-    return _like(torch.cat([torch.empty(0, dtype=dtype), *panels]), blocks)
-
-
-def gram(
-    left: Sequence[Block],
-    right: Sequence[Block] | None = None,
-    outputs: Outputs = "full",
-    out: Any | None = None,
-) -> Any:
-    """Compute inner products of the rows of two Jacobians: the tangent kernel.
-
-    Parameters
-    ----------
-    left, right
-        Jacobians ``(N, K, P)`` and ``(M, K, P)`` of the same parameters. None: ``left`` with
-        itself, and the result is exactly symmetric.
-    outputs
-        ``"full"``: all pairs of outputs, ``(N, K, M, K)``. ``"trace"``: summed over equal outputs,
-        ``(N, M)``. ``"diagonal"``: equal outputs only, ``(N, M, K)``.
-    out
-        Contiguous array to write the result into.
-
-    Returns
-    -------
-    array
-        The kernel, or ``out``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the two do not have the same parameters, ``outputs`` is unknown, or ``out`` does not fit.
-
-    Examples
-    --------
-    >>> import torch
-    >>> J = [Rows(torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]))]
-    >>> gram(J, outputs="trace")
-    tensor([[25.,  3.],
-            [ 3.,  1.]])
-    """
-    n, k, dtype = check_blocks(left, "left")
-    symmetric = right is None
-    others = left if right is None else right
-    m, k_right, dtype_right = check_blocks(others, "right")
-    if outputs not in ("full", "trace", "diagonal"):
-        raise ValueError(f"outputs must be 'full', 'trace' or 'diagonal', got {outputs!r}")
-    if dtype_right != dtype:
-        raise TypeError(f"right must be {dtype} like left, got {dtype_right}")
-    if k_right != k:
-        raise ValueError(f"right must have {k} outputs like left, got {k_right}")
-    sizes = [b.n_parameters for b in left], [b.n_parameters for b in others]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"right must have blocks of {sizes[0]} parameters like left, got {sizes[1]}"
-        )
-    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
-    if out is None:
-        result = torch.zeros(shape, dtype=dtype)
-    else:
-        result = torch.as_tensor(out)
-        if result.dtype != dtype:
-            raise TypeError(f"out must be {dtype}, got {result.dtype}")
-        if tuple(result.shape) != shape or not result.is_contiguous():
-            raise ValueError(f"out must be contiguous of shape {shape}, got {tuple(result.shape)}")
-        result.zero_()
-    for a, b in zip(left, others, strict=True):
-        if isinstance(a, Factors) and isinstance(b, Factors) and _factorises(a):
-            _add_factored(result, a, b, outputs)
+    n, k, dtype = check_blocks(blocks)
+    parts = [torch.empty(0, dtype=dtype)]
+    for block in blocks:
+        if isinstance(block, Factors) and block.n_positions == 1:
+            factors = block.operands[0].square(), block.operands[1]
+            ones, out = (
+                torch.ones(n, k, 1, dtype=dtype),
+                torch.empty(1, block.n_parameters, dtype=dtype),
+            )
+            core.jacobian_vjp(factors, *block.layout, block.bias, True, ones, out, threads())
+            parts.append(out[0].sqrt_())
         else:
-            _add_rows(result, a, b, outputs)
-    if symmetric:  # BLAS need not round the two triangles alike
-        square = result.view(n * k, m * k) if outputs == "full" else result
-        for i in range(len(square)):
-            square[i + 1 :, i] = square[i, i + 1 :]
-    return _like(result, left) if out is None else out
-
-
-def _factorises(block: Factors) -> bool:
-    return block.n_positions == 1 and block.pattern is None
-
-
-def _add_factored(result: Tensor, left: Factors, right: Factors, outputs: Outputs) -> None:
-    """Add ``⟨a_n, a_m⟩ ⟨δ_nk, δ_ml⟩``, for a layer with one position, some rows at a time."""
-    n, m, k = left.n_examples, right.n_examples, left.n_outputs
-    step = max(1, (PANEL_ELEMENTS // max(1, k * m * k)))
-    for group in range(left.shape[0]):
-        s_right = right.signals[:, :, 0, group]  # (M, K, O)
-        for start in range(0, n, step):
-            rows = slice(start, start + step)
-            a = left.activations[rows, 0, group] @ right.activations[:, 0, group].T
-            if left.bias:
-                a += 1
-            s = left.signals[rows, :, 0, group]
-            if outputs == "full":
-                product = s.flatten(0, 1) @ s_right.flatten(0, 1).T
-                result[rows] += product.view(len(s), k, m, k).mul_(a[:, None, :, None])
-            elif outputs == "trace":
-                result[rows] += a * (s.flatten(1) @ s_right.flatten(1).T)
-            else:
-                product = s.transpose(0, 1) @ s_right.permute(1, 2, 0)  # (K, n, M)
-                result[rows] += product.permute(1, 2, 0) * a[:, :, None]
-
-
-def _add_rows(result: Tensor, left: Block, right: Block, outputs: Outputs) -> None:
-    """Add the same from generated rows, a panel of columns at a time."""
-    n, m, k = left.n_examples, right.n_examples, left.n_outputs
-    panels = row_panels(left)
-    for a, b in (
-        ((p, p) for p in panels) if right is left else zip(panels, row_panels(right), strict=True)
-    ):
-        if outputs == "full":
-            result.view(n * k, m * k).addmm_(a.flatten(0, 1), b.flatten(0, 1).T)
-        elif outputs == "trace":
-            result.addmm_(a.flatten(1), b.flatten(1).T)
-        else:
-            result += (a.transpose(0, 1) @ b.permute(1, 2, 0)).permute(1, 2, 0)
+            parts += [panel.square().sum((0, 1)).sqrt() for panel in row_panels(block)]
+    return _like(torch.cat(parts), blocks)
 
 
 def sketch(
@@ -387,35 +310,15 @@ def sketch(
         )
     out = torch.zeros(n, k, dim, dtype=dtype)
     for block, offset in zip(blocks, offsets, strict=True):
-        width = max(1, PANEL_ELEMENTS // max(1, block.n_parameters))
+        p = block.n_parameters
+        width = max(1, PANEL_ELEMENTS // max(1, p))
         for start in range(0, dim, width):
-            stop = min(dim, start + width)
-            signs = _signs(seed, offset, block.n_parameters, start, stop).to(dtype)
-            out[:, :, start:stop] += torch.as_tensor(jvp([block], [signs]))
+            signs = torch.empty(min(width, dim - start), p, dtype=dtype)
+            core.jacobian_signs((seed + 2**63) % 2**64 - 2**63, offset, start, signs, threads())
+            part = torch.zeros(n, k, len(signs), dtype=dtype)
+            if isinstance(block, Rows):
+                torch.matmul(block.rows, signs.T, out=part)
+            else:
+                _add_jvp(block, signs, part)
+            out[:, :, start : start + width] += part
     return _like(out.mul_(dim**-0.5), blocks)
-
-
-def _signs(seed: int, offset: int, count: int, start: int, stop: int) -> Tensor:
-    """Draw ``±1`` for parameters ``offset + [0, count)`` and columns ``[start, stop)``."""
-    p = torch.arange(offset, offset + count, dtype=torch.int64)[:, None]
-    d = torch.arange(start, stop, dtype=torch.int64)[None, :]
-    z = _mix(_mix(p + _signed(seed)) + d)
-    return 1 - 2 * (z & 1)
-
-
-def _signed(x: int) -> int:
-    """Give an integer modulo 2**64 as the int64 of the same bits."""
-    return (x + 2**63) % 2**64 - 2**63
-
-
-def _mix(z: Tensor) -> Tensor:
-    """Mix 64 bits (Steele, Lea and Flood, Fast splittable pseudorandom generators, 2014)."""
-    z = z + _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Shift to the right logically; that of int64 itself is arithmetic."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -158,6 +158,21 @@ class Factors:
         return torch.from_numpy(numpy.asarray(self.pattern.column_indices).astype(numpy.int32))
 
     @cached_property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Both factors as the kernels read them; a copy is made of what is laid out otherwise.
+
+        Activations are contiguous; signals are so from their positions on, and may be expanded.
+        """
+        a, s = self.activations.contiguous(), self.signals
+        dense = s.numel() == 0 or s[0, 0].is_contiguous()
+        return a, s if dense else s.contiguous()
+
+    @cached_property
+    def layout(self) -> tuple[Tensor | None, Tensor | None]:
+        """Row offsets and column indices of the pattern, or two times None."""
+        return (None, None) if self.pattern is None else (self.row_offsets, self.column_indices)
+
+    @cached_property
     def kept(self) -> Tensor:
         """Flat index of each kept weight in the ``(G·O, I)`` block, int64."""
         counts = self.row_offsets.diff()
@@ -239,17 +254,18 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
     return first.n_examples, first.n_outputs, first.dtype
 
 
-def row_panels(block: Block, budget: int = PANEL_BYTES) -> Iterator[Tensor]:
+def row_panels(block: Block, budget: int = PANEL_BYTES, weights: bool = True) -> Iterator[Tensor]:
     """Generate the block's rows ``(N, K, p)``, in panels of columns in the order of parameters.
 
-    No panel is larger than ``budget`` bytes unless a single row of the weight is.
+    No panel is larger than ``budget`` bytes unless a single row of the weight is. Without
+    ``weights``, the columns of the bias alone.
     """
     if isinstance(block, Rows):
         yield block.rows
         return
     n, k, t = block.n_examples, block.n_outputs, block.n_positions
     g, o, i = block.shape
-    if block.n_weights:
+    if weights and block.n_weights:
         width = max(1, budget // max(1, n * k * i * block.dtype.itemsize))
         for group in range(g):
             a = block.activations[:, :, group]  # (N, T, I)

@@ -1,0 +1,290 @@
+#include <algorithm>
+
+#include "bindings/array.hpp"
+#include "bindings/bind.hpp"
+#include "common/blas.hpp"
+#include "common/parallel.hpp"
+#include "jacobian/gram.hpp"
+#include "jacobian/products.hpp"
+#include "jacobian/signs.hpp"
+
+namespace jacpot {
+namespace {
+
+// Factors as they come: activations (N, T, G, I) and signals (N, K, T, G, O), innermost stride 1.
+struct Factors {
+  Array activations, signals;
+
+  explicit Factors(const py::tuple& pair)
+      : activations(pair[0], "activations"), signals(pair[1], "signals") {
+    activations.expect_cpu().expect_shape({Array::any, Array::any, Array::any, Array::any});
+    signals.expect_like(activations);
+    const std::int64_t n = activations.shape(0), t = activations.shape(1), g = activations.shape(2);
+    signals.expect_shape({n, Array::any, t, g, Array::any});
+    expect_unit_stride(activations);
+    expect_unit_stride(signals);
+  }
+  static void expect_unit_stride(const Array& array) {
+    if (array.shape(array.ndim() - 1) > 1 && array.stride(array.ndim() - 1) != 1)
+      throw py::value_error("argument '" + array.name() + "' must have an innermost stride of 1");
+  }
+  template <class T>
+  GramFactors<T> group(std::int64_t g) const {
+    return {static_cast<const T*>(activations.data()) + g * activations.stride(2),
+            activations.stride(0),
+            activations.stride(1),
+            static_cast<const T*>(signals.data()) + g * signals.stride(3),
+            signals.stride(0),
+            signals.stride(1),
+            signals.stride(2)};
+  }
+};
+
+GramOutputs outputs_named(const std::string& name) {
+  if (name == "full") return GramOutputs::full;
+  if (name == "trace") return GramOutputs::trace;
+  if (name == "diagonal") return GramOutputs::diagonal;
+  throw py::value_error("argument 'outputs' must be 'full', 'trace' or 'diagonal', got '" + name +
+                        "'");
+}
+
+// layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left and
+// right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
+void gram_of_factors(const py::list& layers, const std::string& outputs, py::handle out,
+                     int threads) {
+  const GramOutputs wanted = outputs_named(outputs);
+  const Array result(out, "out", Access::write);
+  result.expect_cpu().expect_contiguous();
+  dispatch_float(result, [&]<class T>() {
+    std::vector<GramLayer<T>> list;
+    std::vector<Array> alive;
+    std::int64_t n = 0, m = 0, k = 0;
+    bool symmetric = true;
+    for (const py::handle item : layers) {
+      const auto entry = item.cast<py::tuple>();
+      const Factors left(entry[0].cast<py::tuple>());
+      symmetric = entry[1].is_none();
+      const Factors right = symmetric ? left : Factors(entry[1].cast<py::tuple>());
+      left.activations.expect_like(result);
+      right.activations.expect_like(result);
+      const std::int64_t groups = left.activations.shape(2), units = left.signals.shape(4);
+      n = left.activations.shape(0);
+      m = right.activations.shape(0);
+      k = left.signals.shape(1);
+      right.signals.expect_shape({m, k, left.activations.shape(1), groups, units});
+      right.activations.expect_shape({m, Array::any, groups, left.activations.shape(3)});
+      GramLayer<T> layer;
+      layer.positions = left.activations.shape(1);
+      layer.inputs = left.activations.shape(3);
+      layer.outputs = units;
+      layer.bias = entry[4].cast<bool>();
+      const std::int64_t* offsets = nullptr;
+      if (!entry[2].is_none()) {
+        const Array row_offsets(entry[2], "row_offsets"), columns(entry[3], "columns");
+        offsets = row_offsets.expect_shape({groups * units + 1}).contiguous_data<std::int64_t>();
+        layer.columns = columns.contiguous_data<std::int32_t>();
+        alive.push_back(row_offsets);
+        alive.push_back(columns);
+      }
+      alive.insert(alive.end(), {left.activations, left.signals, right.activations, right.signals});
+      for (std::int64_t g = 0; g < groups; ++g) {
+        layer.left = left.group<T>(g);
+        layer.right = right.group<T>(g);
+        layer.row_offsets = offsets ? offsets + g * units : nullptr;
+        list.push_back(layer);
+      }
+    }
+    switch (wanted) {
+      case GramOutputs::full:
+        result.expect_shape({n, k, m, k});
+        break;
+      case GramOutputs::trace:
+        result.expect_shape({n, m});
+        break;
+      case GramOutputs::diagonal:
+        result.expect_shape({n, m, k});
+        break;
+    }
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = gram<T>(list, symmetric, n, m, k, wanted, static_cast<T*>(result.data()),
+                       checked_threads(threads));
+    }
+    raise_if_failed(status, "gram");
+  });
+}
+
+// out (n, m) += left (n, p) · right (m, p)ᵀ; without a right one, the upper triangle of left ·
+// leftᵀ.
+void add_row_products(py::handle left, py::handle right, py::handle out) {
+  const Array result(out, "out", Access::write), rows(left, "left");
+  rows.expect_cpu().expect_contiguous().expect_like(result);
+  const std::int64_t n = rows.shape(0), p = rows.shape(1);
+  dispatch_float(result, [&]<class T>() {
+    T* to = static_cast<T*>(result.data());
+    const T* from = static_cast<const T*>(rows.data());
+    Status status;
+    if (right.is_none()) {
+      result.expect_contiguous().expect_shape({n, n});
+      py::gil_scoped_release release;
+      status = blas::syrk(n, p, T(1), from, p, T(1), to, n);
+    } else {
+      const Array others(right, "right");
+      const std::int64_t m = others.expect_cpu().expect_contiguous().expect_like(result).shape(0);
+      others.expect_shape({m, p});
+      result.expect_contiguous().expect_shape({n, m});
+      const T* other = static_cast<const T*>(others.data());
+      py::gil_scoped_release release;
+      status = blas::gemm(false, true, n, m, p, T(1), from, p, other, p, T(1), to, m);
+    }
+    raise_if_failed(status, "gram");
+  });
+}
+
+// A layer for the products: activations contiguous, signals contiguous from their positions on.
+template <class T>
+ProductLayer<T> product_layer(const Factors& f, const py::handle& row_offsets,
+                              const py::handle& columns, bool bias, bool squared) {
+  f.activations.expect_contiguous();
+  ProductLayer<T> layer{};
+  layer.n = f.signals.shape(0);
+  layer.k = f.signals.shape(1);
+  layer.positions = f.signals.shape(2);
+  layer.groups = f.signals.shape(3);
+  layer.outputs = f.signals.shape(4);
+  layer.inputs = f.activations.shape(3);
+  std::int64_t step = layer.outputs;
+  for (const int d : {3, 2}) {
+    if (f.signals.shape(d) > 1 && f.signals.stride(d) != step)
+      throw py::value_error("argument 'signals' must be contiguous from its positions on");
+    step *= f.signals.shape(d);
+  }
+  layer.activations = f.activations.contiguous_data<T>();
+  layer.signals = static_cast<const T*>(f.signals.data());
+  layer.signals_example = f.signals.stride(0);
+  layer.signals_output = f.signals.stride(1);
+  if (!row_offsets.is_none()) {
+    const Array offsets(row_offsets, "row_offsets"), indices(columns, "columns");
+    layer.row_offsets = offsets.expect_shape({layer.groups * layer.outputs + 1})
+                            .template contiguous_data<std::int64_t>();
+    layer.columns = indices.contiguous_data<std::int32_t>();
+  }
+  layer.bias = bias;
+  layer.squared = squared;
+  return layer;
+}
+
+// out (N, K, R) += J · vᵀ, v (R, P)
+void jvp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle columns, bool bias,
+                    bool squared, py::handle v, py::handle out, int threads) {
+  const Factors factors(pair);
+  const Array vectors(v, "v"), result(out, "out", Access::write);
+  vectors.expect_cpu().expect_like(factors.activations);
+  result.expect_cpu().expect_like(factors.activations);
+  dispatch_float(result, [&]<class T>() {
+    const auto layer = product_layer<T>(factors, row_offsets, columns, bias, squared);
+    const std::int64_t r = vectors.expect_shape({Array::any, layer.parameters()}).shape(0);
+    const T* from = vectors.contiguous_data<T>();
+    T* to = result.expect_shape({layer.n, layer.k, r}).template contiguous_data<T>();
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = jvp<T>(layer, from, r, to, checked_threads(threads));
+    }
+    raise_if_failed(status, "jvp");
+  });
+}
+
+// out (R, P) = uᵀ · J, u (N, K, R)
+void vjp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle columns, bool bias,
+                    bool squared, py::handle u, py::handle out, int threads) {
+  const Factors factors(pair);
+  const Array vectors(u, "u"), result(out, "out", Access::write);
+  vectors.expect_cpu().expect_like(factors.activations);
+  result.expect_cpu().expect_like(factors.activations);
+  dispatch_float(result, [&]<class T>() {
+    const auto layer = product_layer<T>(factors, row_offsets, columns, bias, squared);
+    const std::int64_t r = vectors.expect_shape({layer.n, layer.k, Array::any}).shape(2);
+    const T* from = vectors.contiguous_data<T>();
+    T* to = result.expect_shape({r, layer.parameters()}).template contiguous_data<T>();
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = vjp<T>(layer, from, r, to, checked_threads(threads));
+    }
+    raise_if_failed(status, "vjp");
+  });
+}
+
+// out (N, K, P_all), columns [offset, offset + G·O·I) = the rows of a layer with one position
+void rows_of_factors(const py::tuple& pair, py::handle out, std::int64_t offset, int threads) {
+  const Factors factors(pair);
+  const Array result(out, "out", Access::write);
+  result.expect_cpu().expect_like(factors.activations);
+  dispatch_float(result, [&]<class T>() {
+    const auto layer = product_layer<T>(factors, py::none(), py::none(), false, false);
+    if (layer.positions != 1) throw py::value_error("argument 'factors' must have one position");
+    T* to = result.expect_shape({layer.n, layer.k, Array::any}).template contiguous_data<T>();
+    const std::int64_t width = result.shape(2);
+    if (offset < 0 || offset + layer.weights() > width)
+      throw py::value_error("argument 'offset' must leave room for the layer's columns");
+    py::gil_scoped_release release;
+    outer_rows<T>(layer, to + offset, width, checked_threads(threads));
+  });
+}
+
+// out (columns, parameters), columns [first, first + columns)
+void random_signs(std::int64_t seed, std::int64_t offset, std::int64_t first, py::handle out,
+                  int threads) {
+  const Array result(out, "out", Access::write);
+  result.expect_cpu().expect_shape({Array::any, Array::any});
+  dispatch_float(result, [&]<class T>() {
+    T* to = result.contiguous_data<T>();
+    py::gil_scoped_release release;
+    signs<T>(static_cast<std::uint64_t>(seed), offset, result.shape(1), first,
+             first + result.shape(0), to, checked_threads(threads));
+  });
+}
+
+// out (n, n): the part below the diagonal becomes that above.
+void mirror(py::handle out, int threads) {
+  const Array result(out, "out", Access::write);
+  result.expect_cpu();
+  dispatch_float(result, [&]<class T>() {
+    const std::int64_t n = result.shape(0);
+    T* a = result.expect_shape({n, n}).contiguous_data<T>();
+    constexpr std::int64_t block = 32;
+    py::gil_scoped_release release;
+    parallel_for(checked_threads(threads), (n + block - 1) / block, [&](std::int64_t task) {
+      const std::int64_t low = task * block, high = std::min(n, low + block);
+      for (std::int64_t j0 = 0; j0 < high; j0 += block)
+        for (std::int64_t i = low; i < high; ++i)
+          for (std::int64_t j = j0; j < std::min(i, j0 + block); ++j) a[i * n + j] = a[j * n + i];
+    });
+  });
+}
+
+}  // namespace
+
+void bind_jacobian(py::module_& m) {
+  m.def("jacobian_gram", &gram_of_factors, py::arg("layers"), py::arg("outputs"), py::arg("out"),
+        py::arg("threads"), "The fused Gram matrix of layers that are given as factors.");
+  m.def("jacobian_add_row_products", &add_row_products, py::arg("left"), py::arg("right"),
+        py::arg("out"), "Adds the products of rows that are given.");
+  m.def("jacobian_mirror", &mirror, py::arg("out"), py::arg("threads"),
+        "Copies the upper triangle to the lower.");
+  m.def("jacobian_jvp", &jvp_of_factors, py::arg("factors"), py::arg("row_offsets"),
+        py::arg("columns"), py::arg("bias"), py::arg("squared"), py::arg("v"), py::arg("out"),
+        py::arg("threads"), "Adds the product of a layer's Jacobian with vectors.");
+  m.def("jacobian_vjp", &vjp_of_factors, py::arg("factors"), py::arg("row_offsets"),
+        py::arg("columns"), py::arg("bias"), py::arg("squared"), py::arg("u"), py::arg("out"),
+        py::arg("threads"), "The product of a layer's transposed Jacobian with vectors.");
+  m.def("jacobian_rows", &rows_of_factors, py::arg("factors"), py::arg("out"), py::arg("offset"),
+        py::arg("threads"), "Writes the rows of a layer with one position.");
+  m.def("jacobian_signs", &random_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
+        py::arg("out"), py::arg("threads"),
+        "Random signs that depend on their position and the seed alone.");
+}
+
+}  // namespace jacpot

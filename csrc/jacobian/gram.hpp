@@ -1,0 +1,106 @@
+// The fused Hadamard-Gram: inner products of the rows of Jacobians that are given as layer factors,
+//
+//   out[n,k,m,l] = Σ_layers Σ_t Σ_s ⟨a_nt, a_ms⟩ ⟨δ_nkt, δ_mls⟩,
+//
+// without the Jacobian and with the output written once. For a tile of rows (n,t) and columns (m,s)
+// the activations' inner products are formed once and multiplied into those of the signals, which
+// never leave the registers otherwise; all layers are added up in a tile that stays in cache.
+//
+// Under a mask the sum over the inputs i of one output unit o runs over kept ones only. The columns
+// of one unit still factorise, so each unit is a layer of its own:
+//   Σ_o (Σ_{i kept at o} a_ni a_mi) δ_nko δ_mlo,
+// which costs N² (nnz + O K²) instead of N² K² nnz for generated columns.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/isa.hpp"
+#include "common/status.hpp"
+
+namespace jacpot {
+
+enum class GramOutputs { full, trace, diagonal };
+
+// One side's factors of a layer (of one group). Strides count elements; innermost ones are 1.
+template <class T>
+struct GramFactors {
+  const T* activations = nullptr;  // (N, T, I)
+  std::int64_t activations_example = 0, activations_position = 0;
+  const T* signals = nullptr;  // (N, K, T, O)
+  std::int64_t signals_example = 0, signals_output = 0, signals_position = 0;
+};
+
+template <class T>
+struct GramLayer {
+  GramFactors<T> left, right;  // right is not read in a symmetric product
+  std::int64_t positions = 1, inputs = 0, outputs = 0;
+  const std::int64_t* row_offsets = nullptr;  // kept weights by output unit, or null for all
+  const std::int32_t* columns = nullptr;
+  bool bias = false;
+};
+
+// out: full (N, K, M, K), trace (N, M), diagonal (N, M, K), contiguous. A symmetric product has
+// M == N, computes one half and is exactly symmetric.
+template <class T>
+Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_t n, std::int64_t m,
+            std::int64_t k, GramOutputs outputs, T* out, int threads);
+
+// From here on: what the driver and the kernels of each instruction set share.
+//
+// Both sides are packed in the same way. Examples come in groups of `panel`; the rows (example,
+// position, output) of a group in panels of `panel` rows, stored inner index by inner index, so
+// that a panel gives a kernel its rows (broadcast) as well as its columns (vectors).
+template <class T>
+struct PackedSide {
+  const T* activations = nullptr;  // [group][panel][inputs][panel]
+  const T* signals = nullptr;      // [slice][group][panel][inner][panel]
+};
+
+template <class T>
+struct PackedLayer {
+  PackedSide<T> left, right;
+  std::int64_t positions, inputs, outputs;
+  std::int64_t inner;  // of the signals: outputs, or outputs · K for the trace
+  const std::int64_t* row_offsets;
+  const std::int32_t* columns;
+  bool bias;
+  const T* constant;  // (K, K) products of signals that are the same for all examples, or null
+};
+
+template <class T>
+struct GramPlan {
+  const PackedLayer<T>* layers;
+  std::int64_t n_layers;
+  bool symmetric;
+  std::int64_t n, m;  // examples
+  std::int64_t left_groups, right_groups;
+  std::int64_t slices, slice;  // outputs are cut into slices of at most this many
+  std::int64_t width;          // outputs in all slices; 1 for the trace
+  std::int64_t chunk;          // examples in the rows of a tile
+  std::int64_t pairs;          // slices that a tile of the diagonal does at once; else 1
+  std::int64_t row_example, row_output, column_example, column_output;  // strides of out
+  T* out;
+};
+
+struct GramTile {
+  std::int64_t group, first, columns;  // row group, first example in it, column group
+  std::int64_t left_slice, right_slice, pairs;
+};
+
+template <class T>
+struct GramKernels {
+  std::int64_t panel, block;
+  // dst[x·stride + j] = rows[j][x] for x < inner; zero where rows[j] is null, j < panel.
+  void (*pack)(const T* const* rows, std::int64_t inner, T* dst, std::int64_t stride);
+  std::int64_t (*scratch)(const GramPlan<T>& plan);  // elements that a tile needs
+  void (*tile)(const GramPlan<T>& plan, const GramTile& tile, T* scratch);
+};
+
+struct GramTable {
+  GramKernels<float> f32;
+  GramKernels<double> f64;
+};
+JACPOT_DISPATCH_TABLE(GramTable)
+
+}  // namespace jacpot

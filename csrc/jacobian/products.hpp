@@ -1,0 +1,76 @@
+// J·v and Jᵀ·u of a layer that is given as factors, without its rows:
+//
+//   (J v)[n,k] = Σ_t ⟨δ_nkt, V a_nt⟩        Jᵀu = Σ_n Σ_t (Σ_k u_nk δ_nkt) a_ntᵀ
+//
+// V a is a product of dense matrices, or with the sparse V of a mask; its result meets the signals
+// while it is in cache, and the signals, the largest array, are read once for all right-hand sides.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.hpp"
+#include "common/status.hpp"
+
+namespace jacpot {
+
+template <class T>
+struct ProductLayer {
+  std::int64_t n, k, positions, groups, outputs, inputs;
+  const T* activations;  // (N, T, G, I), contiguous
+  const T* signals;      // (N, K, T, G, O), strides of examples and outputs free
+  std::int64_t signals_example, signals_output;
+  const std::int64_t* row_offsets;  // kept weights of the G·O rows, or null for all
+  const std::int32_t* columns;
+  bool bias;
+  bool squared;  // use δ² in place of δ, for norms
+
+  std::int64_t weights() const {
+    return row_offsets ? row_offsets[groups * outputs] : groups * outputs * inputs;
+  }
+  std::int64_t parameters() const { return weights() + (bias ? groups * outputs : 0); }
+};
+
+// out (N, K, R) += J · vᵀ for v (R, P).
+template <class T>
+Status jvp(const ProductLayer<T>& layer, const T* v, std::int64_t r, T* out, int threads);
+
+// out (R, P) = uᵀ · J for u (N, K, R).
+template <class T>
+Status vjp(const ProductLayer<T>& layer, const T* u, std::int64_t r, T* out, int threads);
+
+// out[n, k, :] with rows `row_stride` apart = δ[n,k] ⊗ a[n] for one position, all weights kept.
+template <class T>
+void outer_rows(const ProductLayer<T>& layer, T* out, std::int64_t row_stride, int threads);
+
+template <class T>
+struct ProductKernels {
+  std::int64_t forward_block, backward_block;  // rows of activations that a sparse kernel takes
+  // out[k·r + j] += ⟨signals[k], z[j]⟩ of one example
+  void (*dot)(const T* signals, std::int64_t k, std::int64_t signals_output, std::int64_t length,
+              const T* z, std::int64_t r, std::int64_t z_stride, bool squared, T* out);
+  // w[j] = Σ_k u[k·r + j] signals[k] of one example
+  void (*combine)(const T* signals, std::int64_t k, std::int64_t signals_output,
+                  std::int64_t length, const T* u, std::int64_t r, std::int64_t w_stride,
+                  bool squared, T* w);
+  // dst (columns, block) = x (rows, columns) transposed, zero beyond `rows`
+  void (*pack)(const T* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+               std::int64_t block, T* dst);
+  // z (rows, outputs) = x · Vᵀ from x packed with forward_block; scratch of outputs · forward_block
+  void (*multiply)(const T* x, const std::int64_t* offsets, const std::int32_t* columns, const T* v,
+                   std::int64_t outputs, std::int64_t rows, T* z, std::int64_t z_stride,
+                   T* scratch);
+  // g[e] += ⟨w[:, o(e)], x[:, column(e)]⟩ from w and x packed with backward_block
+  void (*sample)(const T* w, const T* x, const std::int64_t* offsets, const std::int32_t* columns,
+                 std::int64_t outputs, T* g);
+  // out (outputs, inputs) = δ ⊗ a
+  void (*outer)(const T* signal, std::int64_t outputs, const T* activation, std::int64_t inputs,
+                T* out);
+};
+
+struct ProductTable {
+  ProductKernels<float> f32;
+  ProductKernels<double> f64;
+};
+JACPOT_DISPATCH_TABLE(ProductTable)
+
+}  // namespace jacpot

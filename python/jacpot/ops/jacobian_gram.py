@@ -1,0 +1,141 @@
+"""The Gram matrix of a Jacobian that is given as blocks: the tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacpot._backend import core, threads
+from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
+
+__all__ = ["Outputs", "Rows", "gram", "pairwise_is_cheaper"]
+
+Outputs: TypeAlias = Literal["full", "trace", "diagonal"]
+
+
+def gram(
+    left: Sequence[Block],
+    right: Sequence[Block] | None = None,
+    outputs: Outputs = "full",
+    out: Any | None = None,
+) -> Any:
+    """Compute inner products of the rows of two Jacobians: the tangent kernel.
+
+    Parameters
+    ----------
+    left, right
+        Jacobians ``(N, K, P)`` and ``(M, K, P)`` of the same parameters. None: ``left`` with
+        itself, and the result is exactly symmetric.
+    outputs
+        ``"full"``: all pairs of outputs, ``(N, K, M, K)``. ``"trace"``: summed over equal outputs,
+        ``(N, M)``. ``"diagonal"``: equal outputs only, ``(N, M, K)``.
+    out
+        Contiguous array to write the result into.
+
+    Returns
+    -------
+    array
+        The kernel, or ``out``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the two do not have the same parameters, ``outputs`` is unknown, or ``out`` does not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> J = [Rows(torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]))]
+    >>> gram(J, outputs="trace")
+    tensor([[25.,  3.],
+            [ 3.,  1.]])
+    """
+    n, k, dtype = check_blocks(left, "left")
+    symmetric = right is None
+    others = left if right is None else right
+    m, k_right, dtype_right = check_blocks(others, "right")
+    if outputs not in ("full", "trace", "diagonal"):
+        raise ValueError(f"outputs must be 'full', 'trace' or 'diagonal', got {outputs!r}")
+    if dtype_right != dtype:
+        raise TypeError(f"right must be {dtype} like left, got {dtype_right}")
+    if k_right != k:
+        raise ValueError(f"right must have {k} outputs like left, got {k_right}")
+    sizes = [b.n_parameters for b in left], [b.n_parameters for b in others]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"right must have blocks of {sizes[0]} parameters like left, got {sizes[1]}"
+        )
+    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
+    if out is None:
+        result = torch.empty(shape, dtype=dtype)
+    else:
+        result = torch.as_tensor(out)
+        if result.dtype != dtype:
+            raise TypeError(f"out must be {dtype}, got {result.dtype}")
+        if tuple(result.shape) != shape or not result.is_contiguous():
+            raise ValueError(f"out must be contiguous of shape {shape}, got {tuple(result.shape)}")
+    fused, generated = [], []
+    for a, b in zip(left, others, strict=True):
+        if not (isinstance(a, Factors) and isinstance(b, Factors)):
+            generated.append((a, b))
+        elif pairwise_is_cheaper(a, b, outputs, symmetric):
+            pair = b.operands if not symmetric else None
+            fused.append((a.operands, pair, *a.layout, a.bias))
+        else:
+            generated.append((a, b))
+    if fused:
+        core.jacobian_gram(fused, outputs, result, threads())
+    else:
+        result.zero_()
+    for a, b in generated:
+        _add_rows(result, a, b, outputs, symmetric)
+    if symmetric and generated:  # BLAS need not round the two triangles alike
+        if outputs == "diagonal":
+            upper = result.permute(2, 0, 1).triu()
+            result.copy_((upper + upper.triu(1).transpose(1, 2)).permute(1, 2, 0))
+        else:
+            rows = n * k if outputs == "full" else n
+            core.jacobian_mirror(result.view(rows, rows), threads())
+    return (result.numpy() if left[0].is_numpy else result) if out is None else out
+
+
+def pairwise_is_cheaper(
+    left: Factors, right: Factors, outputs: Outputs, symmetric: bool = False
+) -> bool:
+    """Tell whether pairs of positions cost less than rows that are generated and multiplied.
+
+    Both are counted in multiplications. With one position, pairs always win; with many, the
+    ``T²`` pairs stand against the ``K·O·I`` columns of a row.
+    """
+    n, m, k, t = left.n_examples, right.n_examples, left.n_outputs, left.n_positions
+    if t == 1:
+        return True
+    g, o, i = left.shape
+    pairs = n * m / (2 if symmetric else 1)
+    outputs_paired = k * k if outputs == "full" else k
+    weights = left.n_weights
+    of_activations = weights if left.pattern is not None else g * i
+    pairwise = pairs * t * t * (of_activations + outputs_paired * g * o)
+    generated = (n if symmetric else n + m) * k * t * g * o * i + pairs * outputs_paired * weights
+    return pairwise < generated
+
+
+def _add_rows(result: Tensor, left: Block, right: Block, outputs: Outputs, symmetric: bool) -> None:
+    """Add products of generated rows, in panels of columns; if symmetric, above the diagonal."""
+    panels = row_panels(left)
+    pairs = (
+        ((p, None) for p in panels) if symmetric else zip(panels, row_panels(right), strict=True)
+    )
+    for a, b in pairs:
+        if outputs == "diagonal":
+            other = a if b is None else b
+            result += (a.transpose(0, 1) @ other.permute(1, 2, 0)).permute(1, 2, 0)
+            continue
+        first = 0 if outputs == "full" else 1  # rows (N·K, p), or (N, K·p)
+        x = a.flatten(first, first + 1).contiguous()
+        y = None if b is None else b.flatten(first, first + 1).contiguous()
+        square = result.view(len(x), len(x) if y is None else len(y))
+        core.jacobian_add_row_products(x, y, square)
