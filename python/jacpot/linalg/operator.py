@@ -20,18 +20,21 @@ class LinearOperator:
     """A matrix of shape ``(rows, columns)`` that is known by its products.
 
     A subclass sets ``shape`` and ``dtype`` and implements ``_matmat``, and ``_adjoint`` where
-    the transpose is known; everything else follows. ``_double`` and ``_dense`` may be given where
-    there is a better way than the general one.
+    the transpose is known; everything else follows. ``_double``, ``_dense``, ``_columns``
+    and ``_diagonal`` may be given where there is a better way than the general one.
 
     Attributes
     ----------
     shape : tuple[int, int]
     dtype : torch.dtype
         The dtype its products are computed in, float32 or float64.
+    column_group : int
+        Columns come cheaper in aligned groups of this many.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
+    column_group: int = 1
 
     def _matmat(self, x: Tensor) -> Tensor:
         """Multiply ``x`` (columns, R) of this operator's dtype; returns (rows, R)."""
@@ -45,6 +48,19 @@ class LinearOperator:
 
     def _dense(self) -> Tensor:
         return self._matmat(torch.eye(self.shape[1], dtype=self.dtype))
+
+    def _columns(self, indices: Tensor) -> Tensor:
+        units = torch.zeros(self.shape[1], len(indices), dtype=self.dtype)
+        units[indices, torch.arange(len(indices))] = 1
+        return self._matmat(units)
+
+    def _diagonal(self) -> Tensor:
+        n, step = self.shape[1], 256
+        parts = [
+            self._columns(torch.arange(i, min(i + step, n)))[i : i + step].diagonal()
+            for i in range(0, n, step)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype)
 
     def _core(self) -> Any:
         """Give what the compiled solvers call for a product."""
@@ -76,6 +92,16 @@ class LinearOperator:
     def dense(self) -> Tensor:
         """Write the matrix out, (rows, columns)."""
         return self._dense()
+
+    def columns(self, indices: Tensor) -> Tensor:
+        """Write out the columns at ``indices``, (rows, len(indices))."""
+        return self._columns(indices)
+
+    def diagonal(self) -> Tensor:
+        """Compute the diagonal of a square operator, (n,)."""
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"a diagonal needs a square operator, got shape {self.shape}")
+        return self._diagonal()
 
     def double(self) -> LinearOperator:
         """Return the same matrix with products in float64, where that can be had; else self."""
@@ -128,6 +154,12 @@ class DenseOperator(LinearOperator):
 
     def _double(self) -> LinearOperator:
         return DenseOperator(self.matrix.double())
+
+    def _columns(self, indices: Tensor) -> Tensor:
+        return self.matrix[:, indices]
+
+    def _diagonal(self) -> Tensor:
+        return self.matrix.diagonal()
 
     def _core(self) -> Any:
         return core.DenseOperator(self.matrix.numpy(), threads())

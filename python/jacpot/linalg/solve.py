@@ -13,11 +13,26 @@ from torch import Tensor
 
 from jacpot._backend import core, threads
 from jacpot.linalg.operator import LinearOperator, _as_tensor, as_operator
+from jacpot.linalg.preconditioners import (
+    Diagonal,
+    Identity,
+    Nystrom,
+    PartialCholesky,
+    Preconditioner,
+    Prepared,
+)
 from jacpot.linalg.solution import Interrupted, Solution, Status
 
 __all__ = ["solve"]
 
 Callback = Callable[[int, float, float], Any]
+
+NAMED: dict[str, Preconditioner] = {
+    "none": Identity(),
+    "diagonal": Diagonal(),
+    "nystrom": Nystrom(),
+    "partial_cholesky": PartialCholesky(),
+}
 
 
 def solve(
@@ -52,8 +67,9 @@ def solve(
     x0
         First guess, of the shape of the solution.
     preconditioner
-        None, a `LinearOperator` or function that approximates the inverse of ``A + damping·I``, or
-        an object of `jacpot.linalg.preconditioners`.
+        None; an object of `jacpot.linalg.preconditioners`, or ``"none"``, ``"diagonal"``,
+        ``"nystrom"`` or ``"partial_cholesky"`` for one with default settings; or a
+        `LinearOperator` or function that approximates the inverse of ``A + damping·I``.
     callback
         Called with ``(iteration, relative residual, seconds)``; returning False stops.
 
@@ -107,7 +123,8 @@ def solve(
             )
         x = guess.double().reshape(x.shape) / scale
     setup = time.perf_counter()
-    inverse, name = _prepare(preconditioner, a, damping)
+    prepared = _prepare(preconditioner, a, damping)
+    inverse = prepared.inverse
     setup = time.perf_counter() - setup
     columns = (columns / scale).contiguous()
     x = x.contiguous()
@@ -138,9 +155,9 @@ def solve(
         relative_residual=0.0 if worst is None else float(relative[worst]),
         history=result["history"],
         method=method,
-        preconditioner=name,
+        preconditioner=prepared.description,
         seconds=time.perf_counter() - start,
-        setup_seconds=setup if inverse is not None else 0.0,
+        setup_seconds=0.0 if preconditioner is None else setup,
         details={"products": result.get("products", 0)},
     )
     if interrupted:
@@ -188,23 +205,29 @@ def _power_of_two(columns: Tensor) -> Tensor:
     return torch.where(largest > 0, scale, 1.0)
 
 
-def _prepare(
-    preconditioner: Any, a: LinearOperator, damping: float
-) -> tuple[LinearOperator | None, str]:
+def _prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:
     if preconditioner is None:
-        return None, "none"
+        return Prepared(None, "none")
+    if isinstance(preconditioner, str):
+        if preconditioner not in NAMED:
+            raise ValueError(
+                f"argument 'preconditioner' must be one of {sorted(NAMED)}, got {preconditioner!r}"
+            )
+        preconditioner = NAMED[preconditioner]
+    if isinstance(preconditioner, Preconditioner):
+        return preconditioner.prepare(a, damping)
     if isinstance(preconditioner, LinearOperator):
         inverse = preconditioner
     elif callable(preconditioner):
         inverse = as_operator(preconditioner, torch.empty(a.shape[0], 1, dtype=a.dtype))
     else:
         raise TypeError(
-            "argument 'preconditioner' must be None, a LinearOperator or a function, "
-            f"got {type(preconditioner).__name__}"
+            "argument 'preconditioner' must be None, a name, a Preconditioner, a LinearOperator "
+            f"or a function, got {type(preconditioner).__name__}"
         )
     if inverse.shape != a.shape:
         raise ValueError(
             f"argument 'preconditioner' must have shape {a.shape} like the operator, "
             f"got {inverse.shape}"
         )
-    return inverse, type(preconditioner).__name__
+    return Prepared(inverse, type(preconditioner).__name__)

@@ -1,0 +1,25 @@
+"""Jacobi: the inverse of the diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jacpot.linalg.operator import LinearOperator
+from jacpot.linalg.preconditioners.base import Preconditioner, Prepared, elementwise_inverse
+
+__all__ = ["Diagonal"]
+
+
+@dataclass(frozen=True)
+class Diagonal(Preconditioner):
+    """Divide by the diagonal of ``A + damping·I``.
+
+    Cheap, and right for badly scaled rows; a kernel of near-constant diagonal gains nothing.
+    """
+
+    def prepare(self, operator: LinearOperator, damping: float) -> Prepared:  # noqa: D102
+        diagonal = operator.diagonal().double() + damping
+        # A zero on the diagonal of a semidefinite matrix is a zero row: any positive value serves.
+        return Prepared(elementwise_inverse(torch.where(diagonal > 0, diagonal, 1.0)), "diagonal")

@@ -1,0 +1,120 @@
+"""Nyström: a low-rank approximation from sampled columns, inverted with the damping."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacpot.linalg.operator import LinearOperator
+from jacpot.linalg.preconditioners.base import LowRankInverse, Preconditioner, Prepared
+
+__all__ = ["Nystrom"]
+
+PILOT = 256  # columns that the spectrum is judged by
+TOLERANCE = 1e-4  # the residual that iterations are estimated for
+
+
+@dataclass(frozen=True)
+class Nystrom(Preconditioner):
+    """``A ≈ C W⁻¹ Cᵀ`` with columns C at random indices and W their intersection.
+
+    Its damped inverse is as in Frangella, Tropp & Udell 2023, "Randomized Nyström preconditioning".
+    Columns of a tangent kernel cost far less than products with a random matrix, so columns are
+    sampled.
+
+    Parameters
+    ----------
+    rank
+        Number of columns. None adapts it: the spectrum of a pilot sample is extrapolated, and the
+        rank with the least estimated time for setup and iterations is taken; where decay is so
+        slow that no rank pays, the identity is.
+    max_bytes
+        What the factor may take.
+    seed
+        Of the sample.
+    """
+
+    rank: int | None = None
+    max_bytes: int = 4 << 30
+    seed: int = 0
+
+    def prepare(self, operator: LinearOperator, damping: float) -> Prepared:  # noqa: D102
+        n, group = operator.shape[0], operator.column_group
+        if n == 0 or damping <= 0:
+            return Prepared(None, "none (nystrom needs damping)" if n else "none")
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(n // group, generator=generator)
+        limit = min(n // 2, self.max_bytes // (n * operator.dtype.itemsize))
+        why = ""
+        rank = self.rank
+        if rank is None:
+            rank, why = self._choose_rank(operator, damping, order, limit)
+        rank = min(rank, n)
+        if rank < group:
+            return Prepared(None, f"none ({why or 'nystrom of rank 0'})")
+        factor = nystrom_factor(operator, _indices(order, rank, group))
+        text = f"nystrom(rank={factor.shape[1]}{', ' if why else ''}{why})"
+        return Prepared(LowRankInverse(factor, damping), text)
+
+    def _choose_rank(
+        self, operator: LinearOperator, damping: float, order: Tensor, limit: int
+    ) -> tuple[int, str]:
+        n, group = operator.shape[0], operator.column_group
+        pilot = min(PILOT, limit)
+        if pilot < group:
+            return 0, "the matrix is too small"
+        indices = _indices(order, pilot, group)
+        start = time.perf_counter()
+        columns = operator.columns(indices)
+        per_column = (time.perf_counter() - start) / len(indices)
+        start = time.perf_counter()
+        operator @ torch.ones(n, dtype=operator.dtype)
+        product = time.perf_counter() - start
+        # Eigenvalues of the intersection, scaled up, estimate the matrix's own; a power law
+        # through their middle extends them past the pilot (their end is biased downwards).
+        values = torch.linalg.eigvalsh(columns[indices].double()).flip(0).clamp_min(0) * (
+            n / len(indices)
+        )
+        low, high = len(values) // 8, len(values) // 2
+        if values[0] <= damping or high <= low or values[high] <= 0:
+            return 0, "the damping is above the spectrum"
+        decay = math.log(values[low] / values[high]) / math.log((high + 1) / (low + 1))
+        best_rank, best_time = 0, math.inf
+        flops = 6e10 * torch.get_num_threads()
+        for rank in [0, *(2**i * group for i in range(20))]:
+            if rank > limit:
+                break
+            tail = (
+                float(values[0])
+                if rank == 0
+                else float(values[high]) * ((high + 1) / rank) ** decay
+            )
+            iterations = 0.5 * math.sqrt(1 + tail / damping) * math.log(2 / TOLERANCE) + 2
+            setup = rank * per_column + (2.0 * n * rank**2 * 2 + 20.0 * rank**3) / flops
+            apply = 2 * n * rank * operator.dtype.itemsize / 1.5e10
+            total = setup + iterations * (product + apply)
+            if total < best_time:
+                best_rank, best_time = rank, total
+        return best_rank, f"chosen by estimated time, {best_time:.2g} s"
+
+
+def _indices(order: Tensor, rank: int, group: int) -> Tensor:
+    blocks = order[: max(1, rank // group)]
+    return (blocks[:, None] * group + torch.arange(group)).reshape(-1)
+
+
+def nystrom_factor(operator: LinearOperator, indices: Tensor) -> Tensor:
+    """Give F (n, r) with ``F Fᵀ = C W⁻¹ Cᵀ``.
+
+    What of W is below the rounding of the columns is left out, so r may be less than the number
+    of indices.
+    """
+    columns = operator.columns(indices)
+    small = columns[indices].double()
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    keep = values > 10 * torch.finfo(columns.dtype).eps * values[-1].clamp_min(0)
+    return columns @ (vectors[:, keep] / values[keep].sqrt()).to(columns.dtype)
