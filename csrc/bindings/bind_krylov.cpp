@@ -194,9 +194,14 @@ py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py:
     if (method == "cg")
       status = krylov::cg(a, damping, inverse, count, b_data, x_data, control,
                           residual_norms.data(), &report);
+    else if (method == "minres")
+      status = krylov::minres(a, damping, count, b_data, x_data, control, residual_norms.data(),
+                              &report);
+    else if (method == "lsmr")
+      status = krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(),
+                            &report);
     else
-      status =
-          krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(), &report);
+      status = {Code::invalid_argument, "unknown method"};
   }
   py::dict result;
   result["history"] = monitor.history();

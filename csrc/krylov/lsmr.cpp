@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "krylov/solver.hpp"
-#include "krylov/vectors.hpp"
+#include "krylov/refine.hpp"
 
 namespace jacpot::krylov {
 namespace {
@@ -36,61 +35,6 @@ class LeastSquares {
     return {};
   }
 
-  // One right-hand side; contiguous b and x.
-  Status run(const double* b, double* x, double* residual_norm, Report* report) {
-    norm_b_ = norm({a_.rows(), 1, control_.threads}, b);
-    accuracy_ = Accuracy::working;
-    double before = INFINITY;
-    Outcome outcome;
-    while (true) {
-      Status status = residual(b, x);
-      if (!status.ok()) return status;
-      outcome = judge(x);
-      if (outcome != Outcome::iteration_limit) break;
-      if (!(normal_ < 0.5 * before || norm_r_ < 0.5 * before_r_)) {
-        outcome = Outcome::stagnated;
-        if (accuracy_ == Accuracy::full) break;
-        accuracy_ = Accuracy::full;
-      }
-      before = normal_;
-      before_r_ = norm_r_;
-      if (report_.iterations >= control_.max_iterations) {
-        outcome = Outcome::iteration_limit;
-        break;
-      }
-      status = bidiagonalise(x);
-      if (!status.ok()) return status;
-      if (interrupted_) {
-        outcome = Outcome::interrupted;
-        if (status = residual(b, x); !status.ok()) return status;
-        break;
-      }
-    }
-    *residual_norm = norm_r_;
-    report_.outcome = outcome;
-    *report = report_;
-    return {};
-  }
-
- private:
-  double norm(const Shape& shape, const double* x) {
-    double out = 0;
-    dots(shape, x, x, partial_.get(), &out);
-    return std::sqrt(out);
-  }
-  Status multiply(const double* in, double* out, Accuracy accuracy) {
-    ++report_.products;
-    const Status status = a_.apply(in, out, 1, accuracy);
-    for (std::int64_t i = 0; i < below_; ++i) out[a_.rows() + i] = root_ * in[i];
-    return status;
-  }
-  Status multiply_transposed(const double* in, double* out, Accuracy accuracy) {
-    ++report_.products;
-    const Status status = a_.apply_transposed(in, out, 1, accuracy);
-    for (std::int64_t i = 0; i < below_; ++i) out[i] += root_ * in[a_.rows() + i];
-    return status;
-  }
-
   // u = [b; 0] - [A; root·I] x and v = [A; root·I]ᵀ u, at full accuracy.
   Status residual(const double* b, const double* x) {
     if (const Status status = multiply(x, u_, Accuracy::full); !status.ok()) return status;
@@ -98,13 +42,14 @@ class LeastSquares {
     for (std::int64_t i = a_.rows(); i < tall_.size; ++i) u_[i] = -u_[i];
     if (const Status status = multiply_transposed(u_, v_, Accuracy::full); !status.ok())
       return status;
+    norm_b_ = norm({a_.rows(), 1, control_.threads}, b);
     norm_r_ = norm(tall_, u_);
     normal_ = norm(wide_, v_);
     if (norm_r_ > 0) norm_a_ = std::max(norm_a_, normal_ / norm_r_);
     return {};
   }
 
-  Outcome judge(const double* x) {
+  Outcome verdict(const double* x) {
     const double hidden = a_.unit_roundoff(Accuracy::full) * norm_a_ * norm(wide_, x);
     if (!std::isfinite(norm_r_) || !std::isfinite(normal_)) return Outcome::non_finite;
     if (norm_r_ + hidden <= control_.tolerance * norm_b_ || norm_r_ == 0 || normal_ == 0)
@@ -112,6 +57,33 @@ class LeastSquares {
     if (normal_ + norm_a_ * hidden <= control_.tolerance * norm_a_ * norm_r_)
       return Outcome::converged;
     return Outcome::iteration_limit;
+  }
+  double measure() const { return normal_; }
+  double residual_norm() const { return norm_r_; }
+
+  Status correct(double* x) { return bidiagonalise(x); }
+
+  Accuracy accuracy = Accuracy::working;
+  bool interrupted = false;
+  Report report;
+
+ private:
+  double norm(const Shape& shape, const double* x) {
+    double out = 0;
+    dots(shape, x, x, partial_.get(), &out);
+    return std::sqrt(out);
+  }
+  Status multiply(const double* in, double* out, Accuracy how) {
+    ++report.products;
+    const Status status = a_.apply(in, out, 1, how);
+    for (std::int64_t i = 0; i < below_; ++i) out[a_.rows() + i] = root_ * in[i];
+    return status;
+  }
+  Status multiply_transposed(const double* in, double* out, Accuracy how) {
+    ++report.products;
+    const Status status = a_.apply_transposed(in, out, 1, how);
+    for (std::int64_t i = 0; i < below_; ++i) out[i] += root_ * in[a_.rows() + i];
+    return status;
   }
 
   Status bidiagonalise(double* x) {
@@ -124,13 +96,13 @@ class LeastSquares {
     double zetabar = alpha * beta, alphabar = alpha, rho = 1, rhobar = 1, cbar = 1, sbar = 0;
     double betadd = beta, betad = 0, rhod = 1, tautilde = 0, thetatilde = 0, zeta = 0;
     // Beyond this reduction the rounding of the working products takes over.
-    const double reach = std::max(100 * a_.unit_roundoff(accuracy_), 1e-14);
+    const double reach = std::max(100 * a_.unit_roundoff(accuracy), 1e-14);
     const double start_normal = normal_, start_r = norm_r_;
-    while (report_.iterations < control_.max_iterations) {
-      ++report_.iterations;
-      if (const Status status = multiply(v_, au_, accuracy_); !status.ok()) return status;
+    while (report.iterations < control_.max_iterations) {
+      ++report.iterations;
+      if (const Status status = multiply(v_, au_, accuracy); !status.ok()) return status;
       advance(tall_, au_, u_, alpha, &beta);
-      if (const Status status = multiply_transposed(u_, atv_, accuracy_); !status.ok())
+      if (const Status status = multiply_transposed(u_, atv_, accuracy); !status.ok())
         return status;
       advance(wide_, atv_, v_, beta, &alpha);
       if (!std::isfinite(alpha) || !std::isfinite(beta)) return {};
@@ -159,9 +131,9 @@ class LeastSquares {
       const double taud = (zeta - thetatilde * tautilde) / rhod;
       const double norm_r = std::hypot(betad - taud, betadd), normal = std::abs(zetabar);
 
-      interrupted_ = !control_.go_on(report_.iterations,
-                                     std::min(norm_r / norm_b_, normal / (norm_a_ * norm_r)));
-      if (interrupted_ || alpha == 0 || beta == 0) break;
+      interrupted = !control_.go_on(report.iterations,
+                                    std::min(norm_r / norm_b_, normal / (norm_a_ * norm_r)));
+      if (interrupted || alpha == 0 || beta == 0) break;
       // A little below the target, so that the recomputed residual passes.
       if (norm_r <= 0.5 * control_.tolerance * norm_b_ ||
           normal <= 0.5 * control_.tolerance * norm_a_ * norm_r || normal <= reach * start_normal ||
@@ -203,34 +175,15 @@ class LeastSquares {
   Scratch<double> memory_, partial_;
   double *u_ = nullptr, *au_ = nullptr, *v_ = nullptr, *atv_ = nullptr, *h_ = nullptr,
          *hbar_ = nullptr, *correction_ = nullptr;
-  double norm_a_ = 0, norm_b_ = 0, norm_r_ = 0, normal_ = 0, before_r_ = INFINITY;
-  Accuracy accuracy_ = Accuracy::working;
-  bool interrupted_ = false;
-  Report report_;
+  double norm_a_ = 0, norm_b_ = 0, norm_r_ = 0, normal_ = 0;
 };
 
 }  // namespace
 
 Status lsmr(const Operator& a, double damping, std::int64_t count, const double* b, double* x,
             const Control& control, double* residual_norms, Report* report) {
-  const auto column = allocate_scratch<double>(a.rows() + a.columns());
-  if (!column) return {Code::out_of_memory, "no memory for the vectors of the solver"};
-  double *one_b = column.get(), *one_x = one_b + a.rows();
-  report->outcome = Outcome::converged;
-  for (std::int64_t c = 0; c < count && report->outcome != Outcome::interrupted; ++c) {
-    for (std::int64_t i = 0; i < a.rows(); ++i) one_b[i] = b[i * count + c];
-    for (std::int64_t i = 0; i < a.columns(); ++i) one_x[i] = x[i * count + c];
-    LeastSquares solver(a, damping, control);
-    Report one;
-    Status status = solver.allocate();
-    if (status.ok()) status = solver.run(one_b, one_x, &residual_norms[c], &one);
-    for (std::int64_t i = 0; i < a.columns(); ++i) x[i * count + c] = one_x[i];
-    if (!status.ok()) return status;
-    report->outcome = std::max(report->outcome, one.outcome);
-    report->iterations = std::max(report->iterations, one.iterations);
-    report->products += one.products;
-  }
-  return {};
+  return for_columns(a, count, b, x, residual_norms, report, control,
+                     [&] { return LeastSquares(a, damping, control); });
 }
 
 }  // namespace jacpot::krylov

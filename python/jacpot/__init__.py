@@ -6,15 +6,18 @@ from jacpot.linalg import Solution, solve
 from jacpot.ops.masked_matmul import masked_matmul
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent import Jacobian, jacobian, ntk, register_layer_rule
+from jacpot.tangent.linearize import LinearizedModule, linearize
 from jacpot.tickets import Mask
 
 __all__ = [
     "Jacobian",
+    "LinearizedModule",
     "Mask",
     "Pattern",
     "Solution",
     "build_info",
     "jacobian",
+    "linearize",
     "masked_matmul",
     "ntk",
     "register_layer_rule",

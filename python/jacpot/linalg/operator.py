@@ -291,3 +291,13 @@ def _as_tensor(array: Any, name: str) -> Tensor:
     if array.device.type != "cpu":
         raise ValueError(f"argument {name!r} must be on the CPU, got {array.device}")
     return array.detach()
+
+
+def power_of_two(columns: Tensor) -> Tensor:
+    """Give for each column a power of two above its largest element; 1 where all are zero."""
+    if columns.shape[0] == 0:
+        return torch.ones(columns.shape[1], dtype=torch.float64)
+    largest = columns.abs().amax(dim=0)
+    exponent = torch.frexp(largest).exponent
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))
+    return torch.where(largest > 0, scale, 1.0)

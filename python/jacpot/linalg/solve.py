@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from jacpot._backend import core, threads
-from jacpot.linalg.operator import LinearOperator, _as_tensor, as_operator
+from jacpot.linalg.operator import (
+    DenseOperator,
+    LinearOperator,
+    _as_tensor,
+    as_operator,
+    power_of_two,
+)
 from jacpot.linalg.preconditioners import (
+    Cholesky,
     Diagonal,
     Identity,
     Nystrom,
@@ -26,6 +33,10 @@ from jacpot.linalg.solution import Interrupted, Solution, Status
 __all__ = ["solve"]
 
 Callback = Callable[[int, float, float], Any]
+
+METHODS = ("auto", "cg", "minres", "lsmr", "cholesky")
+
+CHOLESKY_SIZE = 20_000  # a float32 factor of this size takes 1.6 GB
 
 NAMED: dict[str, Preconditioner] = {
     "none": Identity(),
@@ -58,8 +69,10 @@ def solve(
     damping
         Non-negative.
     method
-        ``"cg"`` for symmetric positive (semi-)definite operators; ``"lsmr"`` for any shape, which
-        gives the least-squares solution of least norm; ``"auto"``.
+        ``"cg"`` for symmetric positive (semi-)definite operators; ``"cholesky"`` for such as fit
+        in memory, refined to float64 accuracy; ``"minres"`` for symmetric ones of any signature;
+        ``"lsmr"`` for any shape, which gives the least-squares solution of least norm. ``"auto"``
+        takes Cholesky for symmetric arrays, CG for other square operators, and LSMR for the rest.
     tol
         Relative to the norm of each right-hand side.
     max_iter
@@ -109,10 +122,10 @@ def solve(
         raise ValueError("argument 'rhs' must be finite, got NaN or infinity")
     a = as_operator(operator, rhs)
     _check_arguments(a, b, damping, tol, max_iter)
-    method = _choose(method, a)
+    method = _choose(method, a, preconditioner is not None)
     columns = b.double() if b.ndim == 2 else b.double()[:, None]
     # Powers of two near the largest element: exact, and nothing over- or underflows.
-    scale = _power_of_two(columns)
+    scale = power_of_two(columns)
     x = torch.zeros(a.shape[1], columns.shape[1], dtype=torch.float64)
     if x0 is not None:
         guess = _as_tensor(x0, "x0")
@@ -123,13 +136,15 @@ def solve(
             )
         x = guess.double().reshape(x.shape) / scale
     setup = time.perf_counter()
+    if method == "cholesky":
+        preconditioner = Cholesky()
     prepared = _prepare(preconditioner, a, damping)
     inverse = prepared.inverse
     setup = time.perf_counter() - setup
     columns = (columns / scale).contiguous()
     x = x.contiguous()
     result: dict[str, Any] = core.krylov_solve(
-        method,
+        "cg" if method == "cholesky" else method,
         a._core(),
         columns.numpy(),
         x.numpy(),
@@ -180,29 +195,26 @@ def _check_arguments(
         raise ValueError(f"argument 'max_iter' must be at least 0, got {max_iter}")
 
 
-def _choose(method: str, a: LinearOperator) -> str:
+def _choose(method: str, a: LinearOperator, preconditioned: bool) -> str:
     square = a.shape[0] == a.shape[1]
     if method == "auto":
-        return "cg" if square else "lsmr"
-    if method not in ("cg", "lsmr"):
-        raise ValueError(f"argument 'method' must be 'auto', 'cg' or 'lsmr', got {method!r}")
-    if method == "cg" and not square:
-        raise ValueError(f"method 'cg' needs a square operator, got shape {a.shape}")
+        if not square:
+            return "lsmr"
+        if preconditioned or not isinstance(a, DenseOperator):
+            return "cg"
+        if not torch.equal(a.matrix, a.matrix.T):
+            return "lsmr"
+        return "cholesky" if a.shape[0] <= CHOLESKY_SIZE else "cg"
+    if method not in METHODS:
+        raise ValueError(f"argument 'method' must be one of {METHODS}, got {method!r}")
+    if method != "lsmr" and not square:
+        raise ValueError(f"method {method!r} needs a square operator, got shape {a.shape}")
     return method
 
 
 def _residual(a: LinearOperator, b: Tensor, x: Tensor, damping: float) -> Tensor:
     residual = b - a.double() @ x
     return residual - damping * x if a.shape[0] == a.shape[1] else residual
-
-
-def _power_of_two(columns: Tensor) -> Tensor:
-    if columns.shape[0] == 0:
-        return torch.ones(columns.shape[1], dtype=torch.float64)
-    largest = columns.abs().amax(dim=0)
-    exponent = torch.frexp(largest).exponent
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))
-    return torch.where(largest > 0, scale, 1.0)
 
 
 def _prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:

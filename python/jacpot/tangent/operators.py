@@ -13,21 +13,31 @@ import torch
 from torch import Tensor
 
 from jacpot.linalg import LinearOperator
-from jacpot.ops.jacobian import Block, Factors, jvp, vjp
+from jacpot.ops.jacobian import (
+    Block,
+    Factors,
+    column_norms,
+    dense,
+    gram,
+    jvp,
+    row_norms,
+    vjp,
+)
 
 __all__ = ["GaussNewtonOperator", "JacobianOperator", "KernelOperator"]
 
 SLICE_BYTES = 256 << 20  # of float64 factors held at once
 
 
-def _slice(block: Block, begin: int, end: int, dtype: torch.dtype) -> Block:
+def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
+    """Give a block of some of the examples, in a dtype."""
     if isinstance(block, Factors):
         return dataclasses.replace(
             block,
-            activations=block.activations[begin:end].to(dtype),
-            signals=block.signals[begin:end].to(dtype),
+            activations=block.activations[examples].to(dtype),
+            signals=block.signals[examples].to(dtype),
         )
-    return dataclasses.replace(block, rows=block.rows[begin:end].to(dtype))
+    return dataclasses.replace(block, rows=block.rows[examples].to(dtype))
 
 
 class JacobianOperator(LinearOperator):
@@ -36,21 +46,30 @@ class JacobianOperator(LinearOperator):
     Parameters
     ----------
     blocks
-        The Jacobian's blocks (see `jacpot.ops.jacobian`).
+        The Jacobian's blocks (see `jacpot.ops.jacobian`); none at all when everything is pruned.
+    n_examples, n_outputs
+        N and K.
     dtype
         What products are computed in; by default the blocks' own.
     """
 
-    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        n_examples: int,
+        n_outputs: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.blocks = list(blocks)
-        self.n_examples, self.n_outputs = blocks[0].n_examples, blocks[0].n_outputs
+        self.n_examples, self.n_outputs = n_examples, n_outputs
         self.sizes = [block.n_parameters for block in blocks]
-        self.shape = (self.n_examples * self.n_outputs, sum(self.sizes))
-        self.dtype = dtype or blocks[0].dtype
+        self.shape = (n_examples * n_outputs, sum(self.sizes))
+        self.own_dtype = blocks[0].dtype if blocks else torch.float64
+        self.dtype = dtype or self.own_dtype
 
     def slices(self) -> Iterator[tuple[int, int, list[Block]]]:
         """Give the examples in slices, ``(begin, end, blocks)``, in this operator's dtype."""
-        if self.dtype == self.blocks[0].dtype:
+        if self.dtype == self.own_dtype:
             yield 0, self.n_examples, self.blocks
             return
         per_example = sum(
@@ -62,18 +81,21 @@ class JacobianOperator(LinearOperator):
         step = max(1, SLICE_BYTES // (8 * max(1, per_example)))
         for begin in range(0, self.n_examples, step):
             end = min(begin + step, self.n_examples)
-            yield begin, end, [_slice(block, begin, end, self.dtype) for block in self.blocks]
+            yield begin, end, [_at(block, slice(begin, end), self.dtype) for block in self.blocks]
 
     def forward(self, v: Tensor) -> Tensor:
         """J v: (P, R) -> (N, K, R)."""
-        parts = v.split(self.sizes)
+        if not self.blocks:
+            return v.new_zeros(self.n_examples, self.n_outputs, v.shape[1])
+        parts = torch.split(v, self.sizes)
         return torch.cat([jvp(blocks, parts) for _, _, blocks in self.slices()])
 
     def backward(self, u: Tensor) -> Tensor:
         """Jᵀ u: (N, K, R) -> (P, R)."""
         out = u.new_zeros(self.shape[1], u.shape[2])
-        for begin, end, blocks in self.slices():
-            out += torch.cat(vjp(blocks, u[begin:end]))
+        if self.blocks:
+            for begin, end, blocks in self.slices():
+                out += torch.cat(vjp(blocks, u[begin:end]))
         return out
 
     def _matmat(self, x: Tensor) -> Tensor:
@@ -86,7 +108,11 @@ class JacobianOperator(LinearOperator):
         return u.reshape(self.n_examples, self.n_outputs, u.shape[1])
 
     def double(self) -> JacobianOperator:
-        return JacobianOperator(self.blocks, torch.float64)
+        """Return J with products in float64."""
+        return JacobianOperator(self.blocks, self.n_examples, self.n_outputs, torch.float64)
+
+    def _dense(self) -> Tensor:
+        return torch.cat([dense(blocks) for _, _, blocks in self.slices()]).flatten(0, 1)
 
 
 class _Adjoint(LinearOperator):
@@ -101,7 +127,7 @@ class _Adjoint(LinearOperator):
     def _adjoint(self) -> LinearOperator:
         return self.jacobian
 
-    def double(self) -> LinearOperator:
+    def _double(self) -> LinearOperator:
         return self.jacobian.double().T
 
 
@@ -112,6 +138,28 @@ class KernelOperator(LinearOperator):
         self.jacobian = jacobian
         self.shape = (jacobian.shape[0], jacobian.shape[0])
         self.dtype = jacobian.dtype
+        self.column_group = max(1, jacobian.n_outputs)  # all outputs of an example at once
+
+    def _columns(self, indices: Tensor) -> Tensor:
+        if not self.jacobian.blocks:
+            return torch.zeros(self.shape[0], len(indices), dtype=self.dtype)
+        k = self.jacobian.n_outputs
+        examples, inverse = torch.unique(indices // k, return_inverse=True)
+        parts = []
+        for _, _, blocks in self.jacobian.slices():
+            chosen = [_at(block, examples, self.dtype) for block in self.jacobian.blocks]
+            parts.append(gram(blocks, chosen))
+        columns = torch.cat(parts).reshape(self.shape[0], -1)
+        at = inverse * k + indices % k
+        whole = len(at) == columns.shape[1] and bool((at == torch.arange(len(at))).all())
+        return columns if whole else columns[:, at]
+
+    def _diagonal(self) -> Tensor:
+        return (
+            torch.cat([row_norms(blocks) for _, _, blocks in self.jacobian.slices()])
+            .square()
+            .reshape(-1)
+        )
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.jacobian._matmat(self.jacobian.T._matmat(x))
@@ -119,7 +167,7 @@ class KernelOperator(LinearOperator):
     def _adjoint(self) -> LinearOperator:
         return self
 
-    def double(self) -> LinearOperator:
+    def _double(self) -> LinearOperator:
         return KernelOperator(self.jacobian.double())
 
 
@@ -131,11 +179,24 @@ class GaussNewtonOperator(LinearOperator):
         self.shape = (jacobian.shape[1], jacobian.shape[1])
         self.dtype = jacobian.dtype
 
+    def _dense(self) -> Tensor:
+        total = torch.zeros(self.shape, dtype=self.dtype)
+        for _, _, blocks in self.jacobian.slices():
+            rows = dense(blocks).flatten(0, 1)
+            total.addmm_(rows.T, rows)
+        return total
+
+    def _diagonal(self) -> Tensor:
+        total = torch.zeros(self.shape[0], dtype=torch.float64)
+        for _, _, blocks in self.jacobian.slices():
+            total += column_norms(blocks).double().square()
+        return total.to(self.dtype)
+
     def _matmat(self, x: Tensor) -> Tensor:
         return self.jacobian.T._matmat(self.jacobian._matmat(x))
 
     def _adjoint(self) -> LinearOperator:
         return self
 
-    def double(self) -> LinearOperator:
+    def _double(self) -> LinearOperator:
         return GaussNewtonOperator(self.jacobian.double())

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacpot.linalg import Solution, Status, solve
-from jacpot.ops.jacobian import Block
+from jacpot.linalg import Interrupted, Solution, Status, solve
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
+from jacpot.tangent.preconditioners import Auto, Kronecker, TraceKernel
 
 __all__ = ["METHODS", "fit_squared"]
+
+NAMED = {"auto": Auto(), "trace": TraceKernel(), "kronecker": Kronecker()}
 
 METHODS = ("auto", "dual", "primal", "lsmr", "svd")
 
@@ -28,7 +30,7 @@ DENSE_ELEMENTS = 4_000_000
 
 
 def fit_squared(
-    blocks: Sequence[Block],
+    jacobian: JacobianOperator,
     residual: Tensor,
     ridge: float,
     method: str = "auto",
@@ -41,15 +43,18 @@ def fit_squared(
 
     Parameters
     ----------
-    blocks
-        The Jacobian (N, K, P).
+    jacobian
+        J (N·K, P).
     residual
         r (N, K), targets minus outputs at the expansion point.
     ridge
         Non-negative; zero asks for the least norm.
     method
         One of `METHODS`.
-    preconditioner, tol, max_iter, callback
+    preconditioner
+        As in :func:`jacpot.solve`, an object of `jacpot.tangent.preconditioners`, or the name of
+        one: ``"auto"``, ``"trace"`` (dual) or ``"kronecker"`` (primal).
+    tol, max_iter, callback
         As in :func:`jacpot.solve`.
 
     Returns
@@ -57,7 +62,6 @@ def fit_squared(
     Solution
         ``x`` is Δ (P,) in float64; ``details["dual"]`` is α (N·K,) where the dual was solved.
     """
-    jacobian = JacobianOperator(blocks)
     r = residual.double().reshape(-1)
     method = _choose(method, jacobian, ridge)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "callback": callback}
@@ -65,19 +69,24 @@ def fit_squared(
         return _least_norm(jacobian, r, ridge, tol)
     if method == "lsmr":
         return solve(jacobian, r, damping=ridge, method="lsmr", **options)
-    if preconditioner != "auto":
-        options["preconditioner"] = preconditioner
+    if isinstance(preconditioner, str) and preconditioner in NAMED:
+        preconditioner = NAMED[preconditioner]
+    options["preconditioner"] = preconditioner
     if method == "primal":
         exact = jacobian.double()
         rhs = exact.T @ r
         return solve(GaussNewtonOperator(jacobian), rhs, damping=ridge, method="cg", **options)
-    solution = solve(KernelOperator(jacobian), r, damping=ridge, method="cg", **options)
+    try:
+        solution = solve(KernelOperator(jacobian), r, damping=ridge, method="cg", **options)
+    except Interrupted as stop:
+        raise Interrupted(_from_dual(jacobian, stop.solution)) from None
+    return _from_dual(jacobian, solution)
+
+
+def _from_dual(jacobian: JacobianOperator, solution: Solution) -> Solution:
     alpha = solution.x
-    return dataclasses.replace(
-        solution,
-        x=jacobian.double().T @ alpha,
-        details={**solution.details, "dual": alpha},
-    )
+    details = {**solution.details, "dual": alpha}
+    return dataclasses.replace(solution, x=jacobian.double().T @ alpha, details=details)
 
 
 def _choose(method: str, jacobian: JacobianOperator, ridge: float) -> str:
@@ -97,19 +106,16 @@ def _least_norm(jacobian: JacobianOperator, r: Tensor, ridge: float, tol: float)
     start = time.perf_counter()
     dense = jacobian.double().dense()
     left, values, right = torch.linalg.svd(dense, full_matrices=False)
-    if len(values):
-        noise = torch.finfo(jacobian.dtype).eps * max(dense.shape) * values[0]
-    else:
-        noise = torch.zeros((), dtype=torch.float64)
-    # With a ridge small values are harmless; without, what is rounding must count as zero.
+    # Without a ridge, what is no more than the rounding of J's own dtype counts as zero.
+    largest = float(values[0]) if len(values) else 0.0
+    noise = torch.finfo(jacobian.dtype).eps * max(dense.shape) * largest if ridge == 0 else 0.0
     factors = torch.where(values > noise, values / (values.square() + ridge), 0.0)
     x = right.T @ (factors * (left.T @ r))
     error = r - dense @ x
     normal = float((dense.T @ error - ridge * x).norm())
-    scale = float(values[0]) if len(values) else 0.0
     size = float(error.norm())
     norm_r = float(r.norm())
-    met = size <= tol * norm_r or normal <= tol * scale * max(size, ridge**0.5 * float(x.norm()))
+    met = size <= tol * norm_r or normal <= tol * largest * max(size, ridge**0.5 * float(x.norm()))
     finite = bool(torch.isfinite(x).all())
     return Solution(
         x=x,

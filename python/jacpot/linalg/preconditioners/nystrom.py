@@ -46,27 +46,32 @@ class Nystrom(Preconditioner):
         n, group = operator.shape[0], operator.column_group
         if n == 0 or damping <= 0:
             return Prepared(None, "none (nystrom needs damping)" if n else "none")
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n // group, generator=generator)
         limit = min(n // 2, self.max_bytes // (n * operator.dtype.itemsize))
         why = ""
         rank = self.rank
         if rank is None:
-            rank, why = self._choose_rank(operator, damping, order, limit)
+            rank, why = self._choose_rank(operator, damping, limit)
         rank = min(rank, n)
         if rank < group:
             return Prepared(None, f"none ({why or 'nystrom of rank 0'})")
-        factor = nystrom_factor(operator, _indices(order, rank, group))
+        factor = self.factor(operator, rank)
         text = f"nystrom(rank={factor.shape[1]}{', ' if why else ''}{why})"
         return Prepared(LowRankInverse(factor, damping), text)
 
-    def _choose_rank(
-        self, operator: LinearOperator, damping: float, order: Tensor, limit: int
-    ) -> tuple[int, str]:
+    def factor(self, operator: LinearOperator, rank: int) -> Tensor:
+        """Give F (n, r), ``F Fᵀ ≈ A``, from ``rank`` columns."""
+        n, group = operator.shape[0], operator.column_group
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(n // group, generator=generator)
+        return nystrom_factor(operator, _indices(order, min(rank, n), group))
+
+    def _choose_rank(self, operator: LinearOperator, damping: float, limit: int) -> tuple[int, str]:
         n, group = operator.shape[0], operator.column_group
         pilot = min(PILOT, limit)
         if pilot < group:
             return 0, "the matrix is too small"
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(n // group, generator=generator)
         indices = _indices(order, pilot, group)
         start = time.perf_counter()
         columns = operator.columns(indices)
@@ -117,4 +122,5 @@ def nystrom_factor(operator: LinearOperator, indices: Tensor) -> Tensor:
     small = columns[indices].double()
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
     keep = values > 10 * torch.finfo(columns.dtype).eps * values[-1].clamp_min(0)
-    return columns @ (vectors[:, keep] / values[keep].sqrt()).to(columns.dtype)
+    factor: Tensor = columns @ (vectors[:, keep] / values[keep].sqrt()).to(columns.dtype)
+    return factor

@@ -1,0 +1,54 @@
+"""A Cholesky factor of the whole matrix: with refinement, a direct method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacpot.linalg.operator import LinearOperator, power_of_two
+from jacpot.linalg.preconditioners.base import Preconditioner, Prepared
+
+__all__ = ["Cholesky"]
+
+
+@dataclass(frozen=True)
+class Cholesky(Preconditioner):
+    """``(L Lᵀ)⁻¹`` of ``A + damping·I``, factored in float32 and in float64 only if that fails.
+
+    With it conjugate gradients are iterative refinement that also converges where the float32
+    factor is a poor inverse: a few iterations of n² work after n³/3 at float32 speed.
+    """
+
+    def prepare(self, operator: LinearOperator, damping: float) -> Prepared:  # noqa: D102
+        if operator.shape[0] == 0:
+            return Prepared(None, "none")
+        matrix = operator.dense()
+        scale = float(matrix.diagonal().abs().max())
+        if not 0 < scale < float("inf"):
+            return Prepared(None, "none (the diagonal is zero or not finite)")
+        for dtype in (torch.float32, torch.float64):
+            # Scaled to a diagonal near one, so that float32 neither over- nor underflows.
+            scaled = (matrix / scale).to(dtype)
+            scaled.diagonal().add_(damping / scale)
+            factor, info = torch.linalg.cholesky_ex(scaled)
+            if int(info) == 0:
+                name = str(dtype).removeprefix("torch.")
+                return Prepared(_Solve(factor, scale), f"cholesky({name})")
+        return Prepared(None, "none (not positive definite to rounding)")
+
+
+class _Solve(LinearOperator):
+    def __init__(self, factor: Tensor, scale: float) -> None:
+        self.factor, self.scale = factor, scale
+        self.shape, self.dtype = (factor.shape[0], factor.shape[0]), torch.float64
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        # A power of two for each column keeps float32 in range.
+        size = power_of_two(x)
+        narrow = (x / size).to(self.factor.dtype)
+        return torch.cholesky_solve(narrow, self.factor).double() * (size / self.scale)
+
+    def _adjoint(self) -> LinearOperator:
+        return self
