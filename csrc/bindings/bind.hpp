@@ -9,5 +9,6 @@ void bind_build_info(pybind11::module_& m);
 void bind_krylov(pybind11::module_& m);
 void bind_masked_matmul(pybind11::module_& m);
 void bind_jacobian(pybind11::module_& m);
+void bind_subset_sum(pybind11::module_& m);
 
 }  // namespace jacpot

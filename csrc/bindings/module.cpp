@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   jacpot::bind_krylov(m);
   jacpot::bind_masked_matmul(m);
   jacpot::bind_jacobian(m);
+  jacpot::bind_subset_sum(m);
 }

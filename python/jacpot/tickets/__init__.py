@@ -1,25 +1,45 @@
 """Masks, pruning and the search for lottery tickets."""
 
+from jacpot.ops.subset_sum import SubsetSum, subset_sum
 from jacpot.tickets import score
+from jacpot.tickets.barrier import Barrier, barrier, stability
+from jacpot.tickets.elastic import elastic
 from jacpot.tickets.imp import imp
 from jacpot.tickets.mask import Mask
+from jacpot.tickets.multigraph import MultigraphLinear, multigraph, powers_of_two
+from jacpot.tickets.overlap import Overlap, overlap, sign_agreement
 from jacpot.tickets.parametrization import applied, applied_mask, apply, bake, remove
+from jacpot.tickets.planted import Planted, plant
 from jacpot.tickets.prune import prune, prune_iteratively, schedule
 from jacpot.tickets.rounds import Round, Tickets
 from jacpot.tickets.sanity import random_mask, reinitialise, sanity_checks
+from jacpot.tickets.strong import Approximation, approximate
 from jacpot.tickets.supermask import Supermask, criterion, rebuild, supermask
 
 __all__ = [
+    "Approximation",
+    "Barrier",
     "Mask",
+    "MultigraphLinear",
+    "Overlap",
+    "Planted",
     "Round",
+    "SubsetSum",
     "Supermask",
     "Tickets",
     "applied",
     "applied_mask",
     "apply",
+    "approximate",
     "bake",
+    "barrier",
     "criterion",
+    "elastic",
     "imp",
+    "multigraph",
+    "overlap",
+    "plant",
+    "powers_of_two",
     "prune",
     "prune_iteratively",
     "random_mask",
@@ -29,5 +49,8 @@ __all__ = [
     "sanity_checks",
     "schedule",
     "score",
+    "sign_agreement",
+    "stability",
+    "subset_sum",
     "supermask",
 ]
