@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def rows_by_name(
@@ -25,9 +27,10 @@ def rows_by_name(
         return (result if output is None else output(result)).flatten()
 
     args = x if many else (x,)
-    return torch.func.vmap(torch.func.jacrev(one), in_dims=(None, *[0] * len(args)))(
-        parameters, *args
-    )
+    mapped = torch.func.vmap(torch.func.jacrev(one), in_dims=(None, *[0] * len(args)))
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return mapped(parameters, *args)
 
 
 def dense(
@@ -52,3 +55,25 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+def by_autograd(module: nn.Module, x: Any) -> Tensor:
+    """The Jacobian (N, K, P), one example and one output after the other."""
+    examples = x if isinstance(x, tuple) else (x,)
+    parameters = list(module.parameters())
+    found = []
+    for i in range(len(examples[0])):
+        outputs = module(*(e[i : i + 1] for e in examples)).flatten()
+        rows = []
+        for f in outputs:
+            grads = torch.autograd.grad(f, parameters, retain_graph=True, allow_unused=True)
+            rows.append(
+                torch.cat(
+                    [
+                        (torch.zeros_like(p) if g is None else g).flatten()
+                        for p, g in zip(parameters, grads, strict=True)
+                    ]
+                )
+            )
+        found.append(torch.stack(rows))
+    return torch.stack(found)

@@ -6,12 +6,15 @@ While the network runs, its calls of functions that have a layer rule (``F.linea
 these calls gave (the signals) then come from one batched vector-Jacobian product, which never forms
 a gradient of a weight.
 
-A probe of a few examples comes first. It finds the uses of parameters that no rule covers, which
-axis of each call counts the examples, and whether examples mix.
+Where that does not do, because a parameter has a use that no rule covers (a class token, an LSTM)
+or a layer sees no axis of examples (position embeddings), the network is mapped over examples by
+``torch.func.vmap``, and each example has its own copies of the parameters that no rule covers. A
+network that cannot be mapped is run on one example at a time.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,239 +22,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch._C._functorch import is_batchedtensor
 
-from jacpot.tangent.network import Inputs, Network, n_examples, quiet, take
-from jacpot.tangent.rules import RULES, LayerRule, Term
+from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, quiet, take, tensors
+from jacpot.tangent.probe import Probe, cannot_map, probe, signals, stand_in
+from jacpot.tangent.recorder import Call, Recorder
+from jacpot.tangent.rules import Rows, Term
 from jacpot.tangent.rules.terms import Fold
 
-__all__ = ["Capture", "Probe", "capture", "probe"]
+__all__ = ["Captured", "capture"]
+
+_announced: set[str] = set()
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """A recorded call of a function that has a rule.
-
-    Attributes
-    ----------
-    rule
-        The function's rule.
-    arguments
-        The call's arguments by the rule's names for them.
-    parameters
-        Names of the network's parameters by argument.
-    edge
-        Where the call's result entered the graph; unlike the result itself it stays what it is
-        when a later operation writes into the result.
-    shape
-        The result's shape.
-    version
-        How often the first argument had been written to.
-    """
-
-    rule: LayerRule
-    arguments: dict[str, Any]
-    parameters: dict[str, str]
-    edge: GradientEdge
-    shape: torch.Size
-    version: int
-
-    @property
-    def input(self) -> Tensor:
-        """The first argument."""
-        tensor: Tensor = next(iter(self.arguments.values()))
-        return tensor
-
-    @property
-    def layer(self) -> str:
-        """The layer that owns the parameters, for messages."""
-        return next(iter(self.parameters.values())).rpartition(".")[0] or "the module itself"
-
-
-class Recorder(TorchFunctionMode):
-    """Records, while active, the calls that have a rule and take parameters of the network.
-
-    Parameters
-    ----------
-    network
-        The network that will be called.
-    parameters
-        The tensors it will be called with, by name.
-    """
-
-    def __init__(self, network: Network, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.network = network
-        self.names = {id(tensor): name for name, tensor in parameters.items()}
-        self.calls: list[Call] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        rule = RULES.get(func)
-        if rule is None:
-            return func(*args, **kwargs)
-        arguments = dict(rule.signature.bind(None, *args, **kwargs).arguments)
-        del arguments[rule.signals]
-        parameters = {
-            argument: self.names[id(arguments[argument])]
-            for argument in rule.parameters
-            if id(arguments.get(argument)) in self.names
-        }
-        first = next(iter(arguments.values()))
-        if (
-            not parameters
-            or id(first) in self.names
-            or not (rule.when is None or rule.when(**arguments))
-        ):
-            return func(*args, **kwargs)
-        if not rule.integer_input and first.dtype != self.network.dtype:
-            layer = next(iter(parameters.values())).rpartition(".")[0]
-            raise TypeError(
-                f"argument 'x' must lead to {self.network.dtype} inputs of layer {layer!r} like "
-                f"its parameters, got {first.dtype}"
-            )
-        # The graph does not lead to parameters where a rule holds: an edge to one is then a use
-        # of it that no rule covers, and no gradient of a weight is ever computed.
-        ruled = {id(arguments[a]): self.network.parameters[name] for a, name in parameters.items()}
-        result: Tensor = func(
-            *(ruled.get(id(value), value) for value in args),
-            **{key: ruled.get(id(value), value) for key, value in kwargs.items()},
-        )
-        if not result.requires_grad:
-            result = result.requires_grad_().clone()  # no leaf, so that the network may write to it
-        edge = get_gradient_edge(result)
-        self.calls.append(Call(rule, arguments, parameters, edge, result.shape, first._version))
-        return result
-
-
-def _signals(
-    outputs: Tensor, edges: Sequence[GradientEdge], cotangents: Tensor
-) -> Sequence[Tensor | None]:
-    """Pass ``(B, N, K)`` cotangents back to the edges: ``(B, *result)`` each, None if unused."""
-    if not edges:
-        return []
-    if not outputs.requires_grad:
-        return [None] * len(edges)
-    return torch.autograd.grad(
-        outputs, edges, cotangents, allow_unused=True, is_grads_batched=True, retain_graph=True
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """What a few examples tell of a network.
-
-    Attributes
-    ----------
-    n_outputs
-        Outputs per example, K.
-    axes
-        For each call the axes that may count the examples, and their size for one example.
-    uncovered
-        Parameters with a use that no rule covers.
-    bytes_per_example
-        Of the results of all recorded calls.
-    """
-
-    n_outputs: int
-    axes: list[dict[int, int]]
-    uncovered: list[str]
-    bytes_per_example: int
-
-
-def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
-    """Run a few examples to learn how the network uses its parameters and its batch.
-
-    Raises
-    ------
-    ValueError
-        If an example's output depends on the other examples, or on chance.
-    """
-    n = n_examples(x)
-    size = 2 if n == 3 else 3  # not n, so that axes that count examples differ from the real run
-    leaves = {name: value.detach().requires_grad_() for name, value in network.parameters.items()}
-
-    def run(rows: list[int]) -> Tensor:
-        index = torch.tensor(rows) % max(n, 1)
-        return network(_some(x, index, n), _some(targets, index, n), parameters=leaves)
-
-    recorder = Recorder(network, leaves)
-    with recorder:
-        outputs = run(list(range(size)))
-    k = outputs.shape[1]
-    if k == 0:
-        raise ValueError("the module's output must have at least one element per example, got none")
-    with torch.no_grad():
-        for row in range(2):
-            alone = run([row] * size)[row]
-            scale = outputs[row].abs().max() + 1
-            if ((alone - outputs[row]).abs() > 64 * torch.finfo(outputs.dtype).eps * scale).any():
-                raise ValueError(
-                    "argument 'module' must give every example an output of its own, but its "
-                    "output changes with the other examples of the batch or by chance; make it "
-                    "treat examples one by one (eval mode, no statistics over the batch)"
-                )
-    weights = torch.cos(torch.arange(1.0, k + 1, dtype=outputs.dtype, device=outputs.device))
-    seeds = torch.zeros(2, size, k, dtype=outputs.dtype, device=outputs.device)
-    seeds[0, 0] = seeds[1, 1] = weights
-    edges = [call.edge for call in recorder.calls]
-    found = _signals(outputs, [*edges, *map(get_gradient_edge, leaves.values())], seeds)
-    axes = [
-        _example_axes(call.shape, signal, size)
-        for call, signal in zip(recorder.calls, found, strict=False)
-    ]
-    uncovered = [
-        name
-        for name, gradient in zip(leaves, found[len(edges) :], strict=True)
-        if gradient is not None
-    ]
-    total = sum(call.shape.numel() for call in recorder.calls) * outputs.dtype.itemsize // size
-    return Probe(k, axes, uncovered, total)
-
-
-def _some(x: Any, index: Tensor, n: int) -> Any:
-    """Give the probe's examples, zeros if there are none at all."""
-    if n:
-        return take(x, index)
-    if isinstance(x, Tensor):
-        return x.new_zeros((len(index), *x.shape[1:]))
-    if isinstance(x, Mapping):
-        return {key: _some(value, index, n) for key, value in x.items()}
-    return tuple(_some(value, index, n) for value in x) if isinstance(x, tuple | list) else x
-
-
-def _example_axes(shape: torch.Size, signal: Tensor | None, size: int) -> dict[int, int]:
-    """Axes along which the first example's signals are in the first part, the second's in its."""
-    axes = {}
-    for axis, length in enumerate(shape):
-        if length == 0 or length % size:
-            continue
-        if signal is not None:
-            parts = signal.movedim(axis + 1, 1).reshape(len(signal), size, -1)
-            reached = parts.ne(0).any(2)  # (seed, example)
-            if (reached & ~torch.eye(2, size, dtype=torch.bool, device=reached.device)).any():
-                continue
-        axes[axis] = length // size
-    return axes
-
-
-@dataclass
-class Capture:
-    """Terms of all calls, per example, and the outputs.
+class Captured:
+    """Outputs of some examples, and what each parameter's uses add to their Jacobian.
 
     Attributes
     ----------
     outputs
         ``(N, K)``.
     terms
-        For each parameter's name what its calls add.
+        By parameter name.
     """
 
     outputs: Tensor
     terms: dict[str, list[Term]]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A call with its examples in the leading axis, and the signals ``(K, M, ...)`` it was sent."""
+
+    call: Call
+    given: dict[str, Tensor]
+    signals: Tensor | None
 
 
 def capture(
@@ -260,7 +66,7 @@ def capture(
     targets: Any = None,
     probed: Probe | None = None,
     memory_budget: int = 1 << 30,
-) -> Iterator[Capture]:
+) -> Iterator[Captured]:
     """Capture the factors of all examples, in parts that fit the memory budget.
 
     Parameters
@@ -278,73 +84,187 @@ def capture(
 
     Yields
     ------
-    Capture
+    Captured
         The next examples'.
     """
     with ExitStack() as stack:
         quiet(stack)
         probed = probed or probe(network, x, targets)
+    _announce(network, probed)
     n = n_examples(x)
-    step = max(1, memory_budget // max(1, 2 * probed.n_outputs * probed.bytes_per_example))
+    copies = sum(network.parameters[name].numel() for name in probed.uncovered)
+    per_example = 2 * (probed.bytes_per_example + copies * network.dtype.itemsize)
+    step = max(1, memory_budget // max(1, probed.n_outputs * per_example))
     for begin in range(0, max(n, 1), step):
         part = slice(begin, begin + step)
-        with ExitStack() as stack:
-            quiet(stack)
-            yield _capture_part(network, take(x, part), take(targets, part), probed)
+        yield from _capture_part(network, take(x, part), take(targets, part), probed)
 
 
-def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> Capture:
-    keep, k = n_examples(x), probed.n_outputs
-    n = max(keep, 1)
+def _announce(network: Network, probed: Probe) -> None:
+    for name in probed.uncovered:
+        owner, _, own = name.rpartition(".")
+        layer = network.module.get_submodule(owner)
+        kind = type(layer).__name__
+        if kind not in _announced and next(layer.children(), None) is None:
+            _announced.add(kind)
+            warnings.warn(
+                f"{kind} (layer {owner!r}, parameter {own!r}) has no layer rule: the rows of its "
+                "parameters are found through torch.func, exactly, at N·K·P numbers of memory. "
+                "jacpot.register_layer_rule can teach one.",
+                stacklevel=4,
+            )
+
+
+def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> Iterator[Captured]:
+    keep = n_examples(x)
     if keep == 0:  # most layers refuse an empty batch: run one example, and keep nothing of it
-        index = torch.zeros(1, dtype=torch.long)
-        x, targets = _some(x, index, 0), _some(targets, index, 0)
-    if probed.uncovered:
-        raise NotImplementedError(str(probed.uncovered))
-    recorder = Recorder(network, network.parameters)
+        x, targets = stand_in(x, 1), stand_in(targets, 1)
+    n = n_examples(x)
+    with ExitStack() as stack:
+        quiet(stack)
+        if probed.together or n == 1:
+            yield _together(network, x, targets, probed, keep)
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                captured = _mapped(network, x, targets, probed)
+        except RuntimeError as error:
+            if not cannot_map(error):
+                raise
+        else:
+            yield captured
+            return
+        for i in range(n):
+            row = slice(i, i + 1)
+            yield _together(network, take(x, row), take(targets, row), probed, 1)
+
+
+def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: int) -> Captured:
+    """Capture all examples in one run of the network as it is."""
+    n = n_examples(x)
+    leaves = {name: network.parameters[name].detach() for name in probed.uncovered}
+    covered = {name: p for name, p in network.parameters.items() if name not in leaves}
+    recorder = Recorder(network, covered)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     with recorder:
-        outputs = network(x, targets)
-    if not torch.isfinite(outputs).all():
-        raise ValueError("the module's outputs must be finite; got inf or nan for these examples")
+        outputs = network(x, targets, leaves)
     for call in recorder.calls:
         if call.input._version != call.version:
             raise RuntimeError(
                 f"the input of layer {call.layer!r} was written to after the layer had read it; "
                 "make that operation out of place (inplace=False, x = x + y instead of x += y)"
             )
-    cotangents = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
-    signals = _signals(
-        outputs, [call.edge for call in recorder.calls], cotangents[:, None].expand(k, n, k)
-    )
-    terms: dict[str, list[Term]] = {}
-    fold = Fold(n, keep)
-    for i, call in enumerate(recorder.calls):
-        signal = signals[i]
-        if signal is None:
-            continue
-        axis = _example_axis(call, probed.axes[i] if i < len(probed.axes) else {}, n)
-        given = {
-            name: value.movedim(axis, 0) if j == 0 and axis else value
-            for j, (name, value) in enumerate(call.arguments.items())
-        }
-        arrived = signal.movedim(axis + 1, 1).transpose(0, 1)
-        _check_finite(call, call.input, "input")
-        _check_finite(call, arrived, "signal")
-        shares = call.rule.function(arrived, **given)
-        for argument, name in call.parameters.items():
-            terms.setdefault(name, []).append(shares[argument].folded(fold))
-    return Capture(outputs.detach()[:keep], terms)
+    edges = [call.edge for call in recorder.calls]
+    found = signals(outputs, [*edges, *leaves.values()], _cotangents(outputs))
+    seen = []
+    for i, (call, signal) in enumerate(zip(recorder.calls, found, strict=False)):
+        axes = probed.axes[i] if i < len(probed.axes) else {}
+        axis = 0 if n == 1 else _example_axis(call, axes, n)
+        given, arrived = call.input, signal
+        if len(call.shape) == 1:  # one example that came without its axis
+            given, arrived = given[None], None if signal is None else signal[:, None]
+        elif axis:
+            given = given.movedim(axis, 0)
+            arrived = None if signal is None else signal.movedim(axis + 1, 1)
+        seen.append(Seen(call, {call.first: given}, arrived))
+    rows = dict(zip(leaves, found[len(edges) :], strict=True))
+    rows = {name: None if r is None else r[:, None] for name, r in rows.items()}
+    return _finish(outputs, seen, rows, Fold(n, keep))
 
 
 def _example_axis(call: Call, axes: Mapping[int, int], n: int) -> int:
     for axis, per_example in axes.items():
         if axis < len(call.shape) and call.shape[axis] == per_example * n:
             return axis
-    raise NotImplementedError(call.layer)
+    raise RuntimeError(
+        f"layer {call.layer!r} was called otherwise for {n} examples than for a few: what the "
+        "module computes must not depend on how many examples it is given"
+    )
+
+
+def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Captured:
+    """Capture through `torch.func.vmap`: the network sees one example at a time."""
+    n = n_examples(x)
+    covered = {key: p for key, p in network.parameters.items() if key not in probed.uncovered}
+    dry = Recorder(network, covered)
+    with torch.no_grad(), dry:
+        network(take(x, slice(1)), take(targets, slice(1)))
+    zero = torch.zeros((), dtype=network.dtype, device=network.device)
+    taps = [zero.expand(n, *call.shape).requires_grad_() for call in dry.calls]
+    copies = {
+        name: network.parameters[name].expand(n, *network.parameters[name].shape).requires_grad_()
+        for name in probed.uncovered
+    }
+    calls: list[Call] = []
+
+    def one(example: Any, target: Any, taps: Any, copies: Any) -> Any:
+        recorder = Recorder(network, covered, taps)
+        ahead = iter([*example, *target])
+        with recorder:
+            f = network(
+                over_tensors(x, lambda _: next(ahead).unsqueeze(0)),
+                over_tensors(targets, lambda _: next(ahead).unsqueeze(0)),
+                copies,
+            )
+        calls[:] = recorder.calls
+        mapped = [
+            {
+                name: value
+                for j, (name, value) in enumerate(call.arguments.items())
+                if isinstance(value, Tensor) and (j == 0 or is_batchedtensor(value))
+            }
+            for call in calls
+        ]
+        return f[0], mapped
+
+    outputs, mapped = torch.func.vmap(one)(tensors(x), tensors(targets), taps, copies)
+    found = signals(outputs, [*taps, *copies.values()], _cotangents(outputs))
+    seen = []
+    for call, given, signal in zip(calls, mapped, found, strict=False):
+        if len(call.shape) > 1:  # a leading axis of the call's own becomes one of instances
+            given = {name: v.flatten(0, 1) if v.ndim > 1 else v for name, v in given.items()}
+            signal = None if signal is None else signal.flatten(1, 2)
+        seen.append(Seen(call, given, signal))
+    return _finish(outputs, seen, dict(zip(copies, found[len(taps) :], strict=True)), Fold(n, n))
+
+
+def _cotangents(outputs: Tensor) -> Tensor:
+    """One batch of cotangents for each output, ``(K, N, K)``."""
+    n, k = outputs.shape
+    eye = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
+    return eye[:, None].expand(k, n, k)
+
+
+def _finish(
+    outputs: Tensor,
+    calls: Sequence[Seen],
+    rows: Mapping[str, Tensor | None],
+    fold: Fold,
+) -> Captured:
+    """Apply the rules to what was seen; ``rows`` ``(K, N, ...)`` are of what no rule covers."""
+    if not torch.isfinite(outputs).all():
+        raise ValueError("the module's outputs must be finite, got inf or nan for these examples")
+    terms: dict[str, list[Term]] = {}
+    for seen in calls:
+        if seen.signals is None:
+            continue
+        arrived = seen.signals.transpose(0, 1)
+        arguments = {**seen.call.arguments, **seen.given}
+        _check_finite(seen.call, arguments[seen.call.first], "input")
+        _check_finite(seen.call, arrived, "signal")
+        shares = seen.call.rule.function(arrived, **arguments)
+        for argument, name in seen.call.parameters.items():
+            terms.setdefault(name, []).append(shares[argument].folded(fold))
+    for name, found in rows.items():
+        if found is not None:
+            terms.setdefault(name, []).append(Rows(found.transpose(0, 1)).folded(fold))
+    return Captured(outputs.detach()[: fold.keep], terms)
 
 
 def _check_finite(call: Call, x: Tensor, what: str) -> None:
-    if not x.is_floating_point() or torch.isfinite(x.sum()):  # a sum reads once and stores nothing
+    if not x.is_floating_point() or torch.isfinite(x.sum()):  # a sum stores nothing
         return
     if not torch.isfinite(x).all():
         raise ValueError(f"the {what} of layer {call.layer!r} must be finite, got inf or nan")

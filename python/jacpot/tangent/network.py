@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Inputs", "Network", "Output", "n_examples", "take"]
+__all__ = ["Inputs", "Network", "Output", "n_examples", "over_tensors", "quiet", "take", "tensors"]
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 Output: TypeAlias = str | int | Callable[..., Tensor]
@@ -18,9 +19,20 @@ _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def _tensors(x: Inputs) -> list[Tensor]:
-    values = [x] if isinstance(x, Tensor) else x.values() if isinstance(x, Mapping) else x
-    return [value for value in values if isinstance(value, Tensor)]
+def tensors(x: Any) -> list[Tensor]:
+    """All tensors in ``x``, a tensor or a sequence or mapping of them."""
+    found: list[Tensor] = []
+    over_tensors(x, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def over_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Replace the tensors in ``x``; what is none stays."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {key: over_tensors(value, function) for key, value in x.items()}
+    return tuple(over_tensors(v, function) for v in x) if isinstance(x, tuple | list) else x
 
 
 def n_examples(x: Inputs, name: str = "x") -> int:
@@ -38,25 +50,21 @@ def n_examples(x: Inputs, name: str = "x") -> int:
             f"argument {name!r} must be a torch.Tensor, or a sequence or mapping of them for a "
             f"module of several inputs, got {type(x).__name__}"
         )
-    tensors = _tensors(x)
-    if not tensors:
+    found = tensors(x)
+    if not found:
         raise TypeError(f"argument {name!r} must hold at least one torch.Tensor, got {x!r}")
-    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in found}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
             f"argument {name!r} must hold tensors with one leading axis of examples, got shapes "
-            f"{[tuple(tensor.shape) for tensor in tensors]}"
+            f"{[tuple(tensor.shape) for tensor in found]}"
         )
-    return tensors[0].shape[0]
+    return found[0].shape[0]
 
 
 def take(x: Any, index: slice | Tensor) -> Any:
-    """Give some of the examples, in the form of ``x``; what is not a tensor stays."""
-    if isinstance(x, Tensor):
-        return x.detach()[index]
-    if isinstance(x, Mapping):
-        return {key: take(value, index) for key, value in x.items()}
-    return tuple(take(value, index) for value in x) if isinstance(x, tuple | list) else x
+    """Give some of the examples, in the form of ``x``."""
+    return over_tensors(x, lambda tensor: tensor.detach()[index])
 
 
 class Network:
@@ -156,9 +164,10 @@ class Network:
 
 
 def quiet(stack: ExitStack) -> None:
-    """Record gradients without autocast, whatever the caller's modes, until the stack closes."""
+    """Record gradients, without autocast, whatever the caller's modes, until the stack closes."""
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.enable_grad())
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one that takes batches of cotangents
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
@@ -224,6 +233,8 @@ def refuse_batch_dependence(module: nn.Module) -> None:
                     else "it needs running statistics (track_running_stats=True) and module.eval()"
                 )
             )
+        if getattr(layer, "max_norm", None) is not None:
+            raise ValueError(f"{where} writes to its weight when it is called: set max_norm=None")
         p = getattr(layer, "dropout", 0.0) if not isinstance(layer, _DROPOUT) else layer.p
         if layer.training and isinstance(p, float) and p > 0:
             raise ValueError(f"{where} drops out at random (p={p}): call module.eval() first")

@@ -1,4 +1,4 @@
-"""Convolutions in one, two and three dimensions: a position is a place of the kernel's window."""
+"""Convolutions and transposed ones in one to three dimensions: positions are windows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jacpot.tangent.rules.registry import register_layer_rule
-from jacpot.tangent.rules.terms import Outer, Summed, Term
+from jacpot.tangent.rules.terms import Outer, Rows, Summed, Term
 
-__all__ = ["convolution", "windows"]
+__all__ = ["convolution", "transposed_convolution"]
 
 
 def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -39,7 +39,11 @@ def windows(
     )
 
 
-@register_layer_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def _batched(input: Tensor, weight: Tensor, *_: object, **__: object) -> bool:
+    return input.ndim == weight.ndim
+
+
+@register_layer_rule(torch.conv1d, torch.conv2d, torch.conv3d, when=_batched)
 def convolution(
     signals: Tensor,
     input: Tensor,
@@ -68,3 +72,37 @@ def convolution(
     a = view.movedim(1, 1 + dims).reshape(m, t, groups, inner)
     delta = signals.reshape(m, k, groups, -1, t).movedim(4, 2)
     return {"weight": Outer(a, delta), "bias": Summed(delta)}
+
+
+@register_layer_rule(
+    torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, when=_batched
+)
+def transposed_convolution(
+    signals: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> dict[str, Term]:
+    """Each place of x puts a kernel into the output: the windows are those of δ."""
+    kernel = tuple(weight.shape[2:])
+    dims = len(kernel)
+    pads = zip(_each(padding, dims), _each(output_padding, dims), strict=True)
+    padded = F.pad(
+        signals.flatten(0, 1), [p for pad, extra in reversed([*pads]) for p in (pad, pad - extra)]
+    )
+    view = windows(padded, kernel, _each(stride, dims), _each(dilation, dims))
+    for axis, size in enumerate(input.shape[2:], 2):  # output_padding may leave room for more
+        view = view.narrow(axis, 0, size)
+    m, k = signals.shape[:2]
+    t = math.prod(input.shape[2:])
+    delta = view.movedim(1, 1 + dims).reshape(m, k, t, groups, weight[0].numel())
+    x = input.reshape(m, groups, -1, t).movedim(3, 1)
+    return {
+        "weight": Outer(x, delta, transposed=True),
+        "bias": Rows(signals.flatten(3).sum(3)),
+    }

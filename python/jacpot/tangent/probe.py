@@ -1,0 +1,164 @@
+"""A run of a few examples, which tells how a network uses its parameters and its batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, take
+from jacpot.tangent.recorder import Recorder
+
+__all__ = ["Probe", "cannot_map", "probe", "signals", "stand_in"]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a few examples tell of a network.
+
+    Attributes
+    ----------
+    n_outputs
+        Outputs per example, K.
+    axes
+        For each recorded call the axes that may count the examples, and their size for one.
+    uncovered
+        Parameters with a use that no rule covers.
+    bytes_per_example
+        Of the results of all recorded calls.
+    """
+
+    n_outputs: int
+    axes: list[dict[int, int]]
+    uncovered: list[str]
+    bytes_per_example: int
+
+    @property
+    def together(self) -> bool:
+        """Whether rules cover all, and every call has an axis that counts examples."""
+        return not self.uncovered and all(self.axes)
+
+
+def signals(outputs: Tensor, sources: Sequence[Any], cotangents: Tensor) -> Sequence[Tensor | None]:
+    """Pass ``(B, N, K)`` cotangents back to tensors or edges of the graph.
+
+    Gives ``(B, *source)`` for each, None where nothing leads.
+    """
+    if not sources or not outputs.requires_grad:
+        return [None] * len(sources)
+    try:
+        with warnings.catch_warnings():
+            # what torch warns of here, derivatives taken one after the other, is exact as well
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return torch.autograd.grad(
+                outputs, sources, cotangents,
+                is_grads_batched=True, retain_graph=True, allow_unused=True,
+            )  # fmt: skip
+    except RuntimeError as error:
+        if not cannot_map(error):
+            raise
+    each = [
+        torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
+        for one in cotangents
+    ]
+    return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
+
+
+def cannot_map(error: RuntimeError) -> bool:
+    """Whether this is torch saying that `vmap` does not know an operation."""
+    return "vmap" in str(error).lower() or "batching rule" in str(error).lower()
+
+
+def stand_in(x: Any, count: int) -> Any:
+    """Examples of zeros, for where there are none."""
+    return over_tensors(x, lambda tensor: tensor.new_zeros((count, *tensor.shape[1:])))
+
+
+def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
+    """Run a few examples to learn how the network uses its parameters and its batch.
+
+    Parameters
+    ----------
+    network
+        The network.
+    x, targets
+        Its examples ``(N, ...)``, any number of them.
+
+    Returns
+    -------
+    Probe
+        What they tell.
+
+    Raises
+    ------
+    ValueError
+        If an example's output depends on the other examples, or on chance.
+    """
+    n = n_examples(x)
+    size = 2 if n == 3 else 3  # not n, so that axes that count examples differ from the real run
+    leaves = {name: value.detach().requires_grad_() for name, value in network.parameters.items()}
+
+    def run(rows: list[int]) -> Tensor:
+        if n == 0:
+            return network(stand_in(x, size), stand_in(targets, size), leaves)
+        index = torch.tensor(rows) % n
+        return network(take(x, index), take(targets, index), leaves)
+
+    recorder = Recorder(network, leaves)
+    with recorder:
+        outputs = run(list(range(size)))
+    k = outputs.shape[1]
+    if k == 0:
+        raise ValueError("the module's output must have at least one element per example, got none")
+    with torch.no_grad():
+        for row in range(2):
+            _check_alone(outputs[row], run([row] * size)[row])
+    # Outputs of the first two examples, weighted so that no symmetry of a network (a softmax's
+    # sum) hides a use.
+    weights = torch.cos(torch.arange(1.0, k + 1, dtype=outputs.dtype, device=outputs.device))
+    seeds = torch.zeros(2, size, k, dtype=outputs.dtype, device=outputs.device)
+    seeds[0, 0] = seeds[1, 1] = weights
+    edges = [call.edge for call in recorder.calls]
+    found = signals(outputs, [*edges, *map(get_gradient_edge, leaves.values())], seeds)
+    axes = [
+        _example_axes(call.shape, signal, size)
+        for call, signal in zip(recorder.calls, found, strict=False)
+    ]
+    uncovered = [
+        name
+        for name, gradient in zip(leaves, found[len(edges) :], strict=True)
+        if gradient is not None
+    ]
+    total = sum(call.shape.numel() for call in recorder.calls) * outputs.dtype.itemsize // size
+    return Probe(k, axes, uncovered, total)
+
+
+def _check_alone(output: Tensor, again: Tensor) -> None:
+    """Compare an example's output with that among copies of itself: the same sums, bit for bit."""
+    tolerance = 64 * torch.finfo(output.dtype).eps * (output.abs().max() + 1)
+    if ((again - output).abs() > tolerance).any():
+        raise ValueError(
+            "argument 'module' must give every example an output of its own, but its output "
+            "changes with the other examples of the batch or by chance; make it treat examples "
+            "one by one (eval mode, no statistics over the batch)"
+        )
+
+
+def _example_axes(shape: torch.Size, signal: Tensor | None, size: int) -> dict[int, int]:
+    """Axes along which the first example's signals are in the first part, the second's in its."""
+    axes = {}
+    for axis, length in enumerate(shape):
+        if length == 0 or length % size:
+            continue
+        if signal is not None:
+            parts = signal.movedim(axis + 1, 1).reshape(len(signal), size, -1)
+            reached = parts.ne(0).any(2)  # (seed, example)
+            if (reached & ~torch.eye(2, size, dtype=torch.bool, device=reached.device)).any():
+                continue
+        axes[axis] = length // size
+    return axes
