@@ -213,6 +213,7 @@ def convolutions(draw):
     return layer, (2 * groups, *[size] * dims), draw(st.sampled_from([0, 1, 3]))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @given(convolutions(), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_convolution_options(case, masked):
