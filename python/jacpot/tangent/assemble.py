@@ -140,7 +140,9 @@ def assemble(
         weight = _joined(found)
         if weight is None:
             rows = _rows(found, like, column.shape.numel())
-            blocks.append(Rows(rows if column.kept is None else rows[:, :, column.kept]))
+            blocks.append(
+                Rows(_contiguous([rows if column.kept is None else rows[:, :, column.kept]], 0))
+            )
             orders.append(None)
             continue
         bias = bool(waiting) and _is_bias(terms.get(waiting[0].name, []), found, waiting[0])
@@ -168,7 +170,11 @@ def _joined(found: Sequence[Term]) -> Outer | None:
 
 
 def _contiguous(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), axis)
+    x = parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), axis)
+    strides = [1]  # axes of size 0 and 1 keep odd strides otherwise
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return x.as_strided(x.shape, strides)
 
 
 def _is_bias(found: Sequence[Term], weight: Sequence[Term], column: Column) -> bool:
