@@ -23,3 +23,7 @@ if(NOT JACPOT_CUDA STREQUAL "OFF")
   endif()
 endif()
 message(STATUS "jacpot: CUDA kernels ${JACPOT_WITH_CUDA}")
+
+if(JACPOT_CUDA_EMULATOR AND JACPOT_WITH_CUDA)
+  message(FATAL_ERROR "JACPOT_CUDA_EMULATOR compiles the CUDA sources as C++: it needs JACPOT_CUDA=OFF")
+endif()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,3 +28,38 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once with the kernels of every instruction set that this machine has."""
     with _backend.isa(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def cuda_emulator() -> Any:
+    """Provide the CUDA bindings over kernels that run on the CPU (csrc/common/cuda_emulator.hpp).
+
+    That checks the kernels' logic on any machine; the hardware is checked by tests that need a GPU.
+    """
+    built = Path(__file__).parents[1] / "build" / "emulator"
+    folder = Path(os.environ.get("JACPOT_CUDA_EMULATOR", built))
+    found = sorted(folder.glob("_cuda_emulator*.so"))
+    if not found:
+        pytest.skip(f"no CUDA emulator in {folder}: run `make emulator`")
+    spec = importlib.util.spec_from_file_location("_cuda_emulator", found[0])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["forward", "reverse", "shuffled"])
+def emulated_cuda(
+    request: pytest.FixtureRequest, cuda_emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Let CPU tensors take the way of CUDA tensors, with threads taking turns in this order.
+
+    A missing barrier shows as a difference between the orders. The device is small, so that small
+    problems take many tiles and blocks.
+    """
+    order = ["forward", "reverse", "shuffled"].index(request.param)
+    cuda_emulator.configure(shared_bytes=48 * 1024, multiprocessors=2, order=order)
+    monkeypatch.setattr(_backend, "cuda", lambda: cuda_emulator)
+    monkeypatch.setattr(_backend, "queue", lambda tensor: (0, 0))
+    return cuda_emulator

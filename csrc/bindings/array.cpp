@@ -161,7 +161,11 @@ bool Array::read_exchange(py::handle object) {
 }
 
 void Array::read_dlpack(py::handle object) {
-  const py::object capsule = object.attr("__dlpack__")();
+  // The kernel goes to the stream that the array is used on already: nobody has to wait (-1).
+  const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+  const bool on_cuda = device.first == dlpack::cuda || device.first == dlpack::cuda_managed;
+  const py::object capsule =
+      on_cuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
   auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // the tensor is ours to delete now
@@ -254,6 +258,13 @@ const Array& Array::expect_contiguous() const {
 const Array& Array::expect_cpu() const {
   if (device_.kind != DeviceKind::cpu)
     throw py::value_error("argument '" + name_ + "' must be on the CPU, got " +
+                          device_text(device_));
+  return *this;
+}
+
+const Array& Array::expect_device(Device device) const {
+  if (!(device_ == device))
+    throw py::value_error("argument '" + name_ + "' must be on " + device_text(device) + ", got " +
                           device_text(device_));
   return *this;
 }

@@ -82,6 +82,7 @@ class Array {
   const Array& expect_shape(std::initializer_list<std::int64_t> shape) const;  // `any` matches all
   const Array& expect_contiguous() const;
   const Array& expect_cpu() const;
+  const Array& expect_device(Device device) const;
   const Array& expect_like(const Array& other) const;  // same dtype and device
 
   template <class T, int Rank>

@@ -3,6 +3,10 @@
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled kernels of jacpot. Use the functions of the jacpot package instead.";
   jacpot::bind_build_info(m);
+#ifdef JACPOT_WITH_CUDA
+  auto cuda = m.def_submodule("cuda", "Kernels for tensors on a GPU.");
+  jacpot::bind_cuda(cuda);
+#endif
   jacpot::bind_krylov(m);
   jacpot::bind_masked_matmul(m);
   jacpot::bind_jacobian(m);

@@ -20,12 +20,35 @@ except ImportError as error:  # pragma: no cover - a broken installation
         f"source folder. The loader said: {error}"
     ) from error
 
-__all__ = ["build_info", "core", "isa", "threads"]
+__all__ = ["build_info", "core", "cuda", "isa", "queue", "threads"]
 
 
 def threads() -> int:
     """Threads that a kernel may use: as many as PyTorch uses."""
     return torch.get_num_threads()
+
+
+def cuda() -> Any:
+    """Give the CUDA kernels.
+
+    Raises
+    ------
+    NotImplementedError
+        If the extension was built without them.
+    """
+    try:
+        return core.cuda
+    except AttributeError:
+        raise NotImplementedError(
+            "this jacpot was built without CUDA: build it where nvcc is on PATH with "
+            "`pip install . -C cmake.define.JACPOT_CUDA=ON`, or move the tensors to the CPU"
+        ) from None
+
+
+def queue(tensor: torch.Tensor) -> tuple[int, int]:
+    """Number of a CUDA tensor's device, and the caller's current stream on it as an integer."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return stream.device_index, stream.cuda_stream
 
 
 @contextmanager

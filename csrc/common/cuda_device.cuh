@@ -1,0 +1,104 @@
+// The device side of every CUDA kernel. Each primitive has a plain twin for the emulator.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cuda.hpp"
+
+#ifndef JACPOT_CUDA_EMULATOR
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace jacpot::cuda {
+
+inline constexpr unsigned full_warp = 0xffffffffu;
+
+// The block's dynamic shared memory, aligned for 16-byte accesses. All shared memory is dynamic:
+// one mechanism, whose size the launch states and the emulator checks.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+#ifdef JACPOT_CUDA_EMULATOR
+  return reinterpret_cast<T*>(emulator::shared_bytes());
+#else
+  extern __shared__ __align__(128) unsigned char jacpot_shared_bytes[];
+  return reinterpret_cast<T*>(jacpot_shared_bytes);
+#endif
+}
+
+// 16-bit floats as storage: arithmetic is in float32.
+#ifdef JACPOT_CUDA_EMULATOR
+struct bfloat16 {
+  std::uint16_t bits;
+};
+struct float16 {
+  _Float16 value;
+};
+inline float to_float(bfloat16 x) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, sizeof(out));
+  return out;
+}
+inline float to_float(float16 x) { return static_cast<float>(x.value); }
+#else
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+__device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+#endif
+
+// What values of a type are summed in.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using accumulator = typename Accumulator<T>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return to_float(x); }
+__device__ __forceinline__ float widen(float16 x) { return to_float(x); }
+
+// Sixteen bytes that travel in one access.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / static_cast<int>(sizeof(T));
+  T value[size];
+};
+
+// Starts a copy of `bytes` (0..16) from global to shared memory, zeros up to 16. Both addresses
+// are multiples of 16. Done only after copies_wait and a barrier.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+#ifdef JACPOT_CUDA_EMULATOR
+  emulator::copy_later(shared, global, static_cast<std::size_t>(bytes),
+                       static_cast<std::size_t>(16 - bytes));
+#else
+  const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void copies_commit() {
+#ifdef JACPOT_CUDA_EMULATOR
+  emulator::close_group();
+#else
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+// Waits until at most `Pending` committed groups of this thread are still under way.
+template <int Pending>
+__device__ __forceinline__ void copies_wait() {
+#ifdef JACPOT_CUDA_EMULATOR
+  emulator::wait_groups(Pending);
+#else
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
+#endif
+}
+
+}  // namespace jacpot::cuda

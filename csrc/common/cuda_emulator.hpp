@@ -1,0 +1,91 @@
+// Runs the body of a CUDA kernel on the CPU, for tests: the same source, compiled as C++.
+//
+// Every thread of a block is a fiber. A warp runs until all of it has met a barrier of the block;
+// once every warp has, all go on. The order of warps and of lanes is chosen by the test: a value
+// that one thread writes and another reads without a barrier between them comes out differently in
+// forward and in reverse order. Shared memory is filled with NaN before each block, lies between
+// the red zones of AddressSanitizer, and asynchronous copies arrive no earlier than they are waited
+// for.
+//
+// This checks the logic of a kernel (indices, barriers, tails). It says nothing of the hardware.
+#pragma once
+
+#ifndef JACPOT_CUDA_EMULATOR
+#error "cuda_emulator.hpp stands in for the CUDA runtime in emulated builds only"
+#endif
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace jacpot::emulator {
+
+enum class Order : int { forward, reverse, shuffled };
+
+// What the device that is stood in for has, and how its threads take turns.
+struct Device {
+  std::int64_t shared_bytes = 227 * 1024;
+  int multiprocessors = 4;
+  Order order = Order::forward;
+};
+Device& device();
+
+// Runs body() for every thread of every block. False if some threads of a block ended, or waited
+// for their warp, while others waited for the block.
+bool run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
+
+unsigned char* shared_bytes();
+void block_barrier();
+void warp_barrier();
+// The slot through which a lane of this thread's warp shows a value to the others.
+std::array<std::uint64_t, 4>& exchange(int lane);
+int lane();
+
+// Asynchronous copies of this thread: queued, closed to a group, and carried out when waited for.
+void copy_later(void* to, const void* from, std::size_t bytes, std::size_t zeros);
+void close_group();
+void wait_groups(int left_over);
+
+template <class T>
+T shuffle(T value, int source) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(exchange(lane()).data(), &value, sizeof(T));
+  warp_barrier();
+  T out;
+  std::memcpy(&out, exchange(source & 31).data(), sizeof(T));
+  warp_barrier();  // before anyone shows the next value
+  return out;
+}
+
+}  // namespace jacpot::emulator
+
+inline void __syncthreads() { jacpot::emulator::block_barrier(); }
+inline void __syncwarp(unsigned = ~0u) { jacpot::emulator::warp_barrier(); }
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return jacpot::emulator::shuffle(value, source);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return jacpot::emulator::shuffle(value, jacpot::emulator::lane() ^ mask);
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
