@@ -10,7 +10,7 @@ BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f 2>
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-asan bench lint format stub docs clean
+.PHONY: help demo emulator cuda test test-slow test-asan bench lint format stub docs clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,17 @@ $(VENV)/installed: $(VENV)/requirements $(BUILD_INPUTS)
 demo: $(VENV)/installed  ## fit the tangent space of a network on handwritten digits, compare it with training
 	$(BIN)/jacpot compare --out $(DEMO)
 
-test: $(VENV)/installed  ## run the test suite
+test: $(VENV)/installed emulator  ## run the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The logic of the CUDA kernels is tested on the CPU; this needs no nvcc.
+emulator: $(VENV)/requirements  ## build the emulator that the tests run the CUDA kernels on
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset emulator >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset emulator
+
+cuda: $(VENV)/requirements  ## compile the extension with its CUDA kernels into build/cuda (needs nvcc)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset cuda
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset cuda
 
 test-slow: $(VENV)/installed  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

@@ -162,8 +162,11 @@ bool Array::read_exchange(py::handle object) {
 
 void Array::read_dlpack(py::handle object) {
   // The kernel goes to the stream that the array is used on already: nobody has to wait (-1).
-  const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-  const bool on_cuda = device.first == dlpack::cuda || device.first == dlpack::cuda_managed;
+  bool on_cuda = false;
+  if (py::hasattr(object, "__dlpack_device__")) {
+    const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+    on_cuda = device.first == dlpack::cuda || device.first == dlpack::cuda_managed;
+  }
   const py::object capsule =
       on_cuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
   auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jacpot
+from jacpot import _backend
 from jacpot.ops import masked_matmul_cuda as cuda
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -134,3 +136,42 @@ def test_arguments_on_another_device_or_of_another_dtype_are_refused(emulated_cu
         cuda.multiply(walk, x, weight[mask], torch.zeros(5), False, False)
     with pytest.raises(TypeError, match="must be a floating point type, got int64"):
         cuda.multiply(walk, x.long(), weight[mask], None, False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@settings(max_examples=15)
+@given(shape=shapes, feature_major=st.booleans())
+def test_operators(emulated_cuda, dtype, shape, feature_major):
+    """The functions that PyTorch calls for CUDA tensors, on both sides of the dense break-even."""
+    mask, weight, x, dy = problem(*shape, dtype, "feature" if feature_major else "row")
+    pattern = jacpot.Pattern(mask)
+    values = weight[mask]
+    block = pattern.block
+    y = cuda._forward(x, values, None, block, len(mask), False, feature_major)
+    close(y, x.double() @ weight.double().t(), dtype)
+    dx, d_values = cuda._backward(dy, x, values, block, True, True)
+    close(dx, dy.double() @ weight.double(), dtype)
+    close(d_values, (dy.double().t() @ x.double())[mask], dtype)
+    assert torch.equal(cuda._compress(weight, block, pattern.nnz), values)
+    assert torch.equal(cuda._expand(values, block, *mask.shape), weight)
+
+
+def test_a_pattern_is_prepared_once(emulated_cuda):
+    pattern = jacpot.Pattern(torch.ones(3, 4, dtype=torch.bool))
+    assert cuda.prepare(pattern.block) is cuda.prepare(pattern.block)
+
+
+def test_tensors_on_other_devices_than_the_pattern_are_refused(emulated_cuda):
+    block = jacpot.Pattern(torch.ones(3, 4, dtype=torch.bool)).block
+    elsewhere = torch.empty(2, 4, device="meta")
+    with pytest.raises(ValueError, match="'x' must be on cpu like the pattern, got meta"):
+        cuda._forward(elsewhere, torch.zeros(12), None, block, 3, False, False)
+    with pytest.raises(ValueError, match="'dy' must be on cpu like the pattern, got meta"):
+        cuda._backward(elsewhere, torch.zeros(2, 4), torch.zeros(12), block, True, True)
+
+
+def test_without_cuda_the_build_says_so():
+    if _backend.build_info()["cuda_built"] is not None:
+        pytest.skip("this build has CUDA")
+    with pytest.raises(NotImplementedError, match="built without CUDA: build it where nvcc is"):
+        _backend.cuda()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import jacpot.ops.masked_matmul_cuda  # noqa: F401 - registers the CUDA side of the operators
 from jacpot import _backend
 from jacpot.ops.pattern import Pattern
 

@@ -1,15 +1,21 @@
-"""Products with a sparse weight on a GPU: how a pattern is walked, and the two calls."""
+"""Products with a sparse weight on a GPU: the CUDA side of :mod:`jacpot.ops.masked_matmul`.
+
+The first use of a pattern on a device prepares it there and waits for the device once; after that
+nothing waits, and products of fixed sizes can be captured into a CUDA graph.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from jacpot import _backend
 
-__all__ = ["Walk", "dense_is_faster", "multiply", "multiply_and_sample"]
+__all__ = ["Walk", "dense_is_faster", "multiply", "multiply_and_sample", "prepare"]
 
 # The density from which a dense product takes less time, by the rates of sm_80 and sm_90: shared
 # memory feeds a kernel 32 float32 a clock, while 64 or 128 dense multiply-adds are done; in 16
@@ -86,7 +92,7 @@ def multiply_and_sample(
     product, sampled = _run(walk, gathered, values, None, False, held)
     return (
         None if product is None else _laid_out(product, gathered.dtype, feature_major),
-        None if sampled is None else sampled,
+        sampled,
     )
 
 
@@ -143,3 +149,153 @@ def _run(
     if sampled is not None:
         sampled = (sampled[0] if splits == 1 else sampled.sum(0)).to(gathered.dtype)
     return product, sampled
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What the kernels of one device need of a pattern."""
+
+    shape: tuple[int, int]
+    rows: Walk  # of the weight, for the product
+    columns: Walk  # of its transpose, for the gradients
+    permutation: Tensor  # (nnz,) int64: entry in column order -> its place in row order
+    kept: Tensor  # (nnz,) int64: flat index of each entry, in row order
+
+    @property
+    def density(self) -> float:
+        return len(self.kept) / max(1, self.shape[0] * self.shape[1])
+
+
+_prepared: Any = WeakTensorKeyDictionary()
+
+
+def prepare(pattern: Tensor) -> _Prepared:
+    """Give what the kernels need of a compiled pattern (:attr:`jacpot.Pattern.block`)."""
+    known: _Prepared | None = _prepared.get(pattern)
+    if known is None:
+        known = _prepared[pattern] = _prepare(pattern)
+    return known
+
+
+def _prepare(pattern: Tensor) -> _Prepared:
+    layout = _backend.core.describe_pattern(pattern.cpu())
+    (rows, columns), nnz = layout["shape"], layout["nnz"]
+
+    def section(name: str, count: int, element_bytes: int = 4) -> Tensor:
+        part = pattern[layout[name] : layout[name] + count * element_bytes]
+        if element_bytes == 4:
+            return part.view(torch.int32)
+        return part.view(torch.int16).to(torch.int32) & 0xFFFF  # uint16 has few operators
+
+    indices = section("column_indices", nnz, layout["column_index_bytes"])
+    offsets = section("row_offsets", rows + 1)
+    lines = torch.arange(rows, device=pattern.device)
+    kept = torch.repeat_interleave(lines, offsets.diff().long(), output_size=nnz) * columns
+    return _Prepared(
+        (rows, columns),
+        Walk.of(offsets, indices, columns),
+        Walk.of(
+            section("column_offsets", columns + 1),
+            section("row_indices", nnz, layout["row_index_bytes"]),
+            rows,
+        ),
+        section("permutation", nnz).long(),
+        kept + indices,
+    )
+
+
+def _expect_device(pattern: Tensor, **arguments: Tensor | None) -> None:
+    for name, argument in arguments.items():
+        if argument is not None and argument.device != pattern.device:
+            raise ValueError(
+                f"argument {name!r} must be on {pattern.device} like the pattern, "
+                f"got {argument.device}"
+            )
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: Tensor,
+    out_features: int,
+    relu: bool,
+    feature_major: bool,
+) -> Tensor:
+    _expect_device(pattern, x=x, values=values, bias=bias)
+    prepared = prepare(pattern)
+    if not dense_is_faster(prepared.density, x.dtype):
+        return multiply(prepared.rows, x, values, bias, relu, feature_major)
+    weight = _scatter(values, prepared)
+    if feature_major:
+        y = (weight @ x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
+    else:
+        y = torch.nn.functional.linear(x, weight, bias)
+    y = y.relu_() if relu else y
+    return y.t() if feature_major else y
+
+
+def _backward(
+    dy: Tensor, x: Tensor, values: Tensor, pattern: Tensor, want_x: bool, want_values: bool
+) -> tuple[Tensor, Tensor]:
+    _expect_device(pattern, dy=dy, x=x, values=values)
+    prepared = prepare(pattern)
+    feature_major = x.stride(0) == 1 and x.stride(1) != 1
+    nothing = x.new_empty(0)
+    if dense_is_faster(prepared.density, x.dtype):
+        dx = nothing
+        if want_x:
+            weight = _scatter(values, prepared)
+            dx = (weight.t() @ dy.t()).t() if feature_major else dy @ weight
+        return dx, _gather(dy.t() @ x, prepared) if want_values else nothing
+    product, sampled = multiply_and_sample(
+        prepared.columns,
+        dy,
+        values.index_select(0, prepared.permutation) if want_x else None,
+        x if want_values else None,
+        feature_major,
+    )
+    d_values = nothing
+    if sampled is not None:
+        d_values = torch.empty_like(values).index_copy_(0, prepared.permutation, sampled)
+    return nothing if product is None else product, d_values
+
+
+def _gather(weight: Tensor, prepared: _Prepared) -> Tensor:
+    return weight.reshape(-1).index_select(0, prepared.kept)
+
+
+def _scatter(values: Tensor, prepared: _Prepared) -> Tensor:
+    rows, columns = prepared.shape
+    weight = values.new_zeros(rows * columns)
+    return weight.index_copy_(0, prepared.kept, values).view(rows, columns)
+
+
+def _compress(weight: Tensor, pattern: Tensor, nnz: int) -> Tensor:
+    _expect_device(pattern, weight=weight)
+    prepared = prepare(pattern)
+    if weight.shape != prepared.shape:
+        raise ValueError(
+            f"argument 'weight' must have shape {prepared.shape}, got {tuple(weight.shape)}"
+        )
+    return _gather(weight, prepared)
+
+
+def _expand(values: Tensor, pattern: Tensor, rows: int, columns: int) -> Tensor:
+    _expect_device(pattern, values=values)
+    prepared = prepare(pattern)
+    if values.shape != prepared.kept.shape:
+        raise ValueError(
+            f"argument 'values' must have shape {tuple(prepared.kept.shape)}, "
+            f"got {tuple(values.shape)}"
+        )
+    return _scatter(values, prepared)
+
+
+# Untyped in PyTorch.
+_Library: Any = torch.library.Library
+_library = _Library("jacpot", "IMPL", "CUDA")
+_library.impl("masked_matmul", _forward)
+_library.impl("masked_matmul_backward", _backward)
+_library.impl("compress", _compress)
+_library.impl("expand", _expand)
