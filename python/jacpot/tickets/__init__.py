@@ -11,21 +11,26 @@ from jacpot.tickets.overlap import Overlap, overlap, sign_agreement
 from jacpot.tickets.parametrization import applied, applied_mask, apply, bake, remove
 from jacpot.tickets.planted import Planted, plant
 from jacpot.tickets.prune import prune, prune_iteratively, schedule
+from jacpot.tickets.report import PathReport, inspect
 from jacpot.tickets.rounds import Round, Tickets
 from jacpot.tickets.sanity import random_mask, reinitialise, sanity_checks
+from jacpot.tickets.similarity import KernelSimilarity, TangentFit, kernel_similarity, tangent_fits
 from jacpot.tickets.strong import Approximation, approximate
 from jacpot.tickets.supermask import Supermask, criterion, rebuild, supermask
 
 __all__ = [
     "Approximation",
     "Barrier",
+    "KernelSimilarity",
     "Mask",
     "MultigraphLinear",
     "Overlap",
+    "PathReport",
     "Planted",
     "Round",
     "SubsetSum",
     "Supermask",
+    "TangentFit",
     "Tickets",
     "applied",
     "applied_mask",
@@ -36,6 +41,8 @@ __all__ = [
     "criterion",
     "elastic",
     "imp",
+    "inspect",
+    "kernel_similarity",
     "multigraph",
     "overlap",
     "plant",
@@ -53,4 +60,5 @@ __all__ = [
     "stability",
     "subset_sum",
     "supermask",
+    "tangent_fits",
 ]

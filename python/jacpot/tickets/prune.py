@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacpot.tickets.mask import Mask, check_same_layout
+from jacpot.tickets.report import inspect
 
 __all__ = ["Scope", "prune", "prune_iteratively", "schedule"]
 
@@ -23,6 +24,7 @@ def prune(
     scope: Scope = "global",
     within: Mapping[str, Tensor] | None = None,
     allow_empty: bool = False,
+    network: tuple[nn.Module, Tensor] | None = None,
 ) -> Mask:
     """Keep the weights of highest score.
 
@@ -45,7 +47,11 @@ def prune(
         A mask; only what it keeps can be kept, so that the result nests in it. ``density`` still
         counts all weights.
     allow_empty
-        Whether a parameter may be left with no weight at all, which cuts a plain network in two.
+        Whether input and output may be cut apart. Unless told, a mask that leaves a parameter
+        without any weight is refused, since that cuts a plain network in two.
+    network
+        The module and a batch of inputs: then what is refused is a mask that leaves no path from
+        input to output (see :func:`jacpot.tickets.inspect`), and a layer beside a skip may empty.
 
     Returns
     -------
@@ -58,7 +64,7 @@ def prune(
         If a score is complex or bool.
     ValueError
         If a score is not finite, ``density`` is out of range, ``within`` keeps too few weights, or
-        a parameter would be left empty.
+        input and output would be cut apart.
 
     Examples
     --------
@@ -85,13 +91,30 @@ def prune(
         counts = _layer_counts(scores, density, scope, room)
         kept = {name: _best(s, allowed[name], counts[name]) for name, s in flat.items()}
     mask = Mask({name: kept[name].view(scores[name].shape) for name in flat})
-    emptied = [name for name, m in mask.items() if m.numel() and not m.any()]
-    if emptied and not allow_empty:
-        raise ValueError(
-            f"density {density} leaves {', '.join(emptied)} without a weight, which cuts the "
-            "network in two; choose another scope, or pass allow_empty=True"
-        )
+    if not allow_empty:
+        _refuse_cut(mask, density, network)
     return mask
+
+
+def _refuse_cut(
+    mask: Mask,
+    density: float | Mapping[str, float],
+    network: tuple[nn.Module, Tensor] | None,
+) -> None:
+    if network is not None:
+        if not inspect(network[0], mask, network[1]).connected:
+            raise ValueError(
+                f"density {density} leaves no path from input to output; choose another scope, or "
+                "pass allow_empty=True"
+            )
+        return
+    emptied = [name for name, m in mask.items() if m.numel() and not m.any()]
+    if emptied:
+        raise ValueError(
+            f"density {density} leaves {', '.join(emptied)} without a weight, which cuts a plain "
+            "network in two; choose another scope, pass the network to have its paths looked at, "
+            "or allow_empty=True"
+        )
 
 
 def schedule(density: float, steps: int, start: float = 1.0) -> list[float]:

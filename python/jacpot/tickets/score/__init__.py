@@ -9,6 +9,7 @@ it names are scored; by default those of :meth:`jacpot.Mask.ones`.
 
 from jacpot.tickets.score.flow import synflow
 from jacpot.tickets.score.gradient import grasp, snip
+from jacpot.tickets.score.kernel import fisher, ntk
 from jacpot.tickets.score.plain import magnitude, random
 
-__all__ = ["grasp", "magnitude", "random", "snip", "synflow"]
+__all__ = ["fisher", "grasp", "magnitude", "ntk", "random", "snip", "synflow"]
