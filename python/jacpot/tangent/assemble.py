@@ -109,7 +109,10 @@ class Columns:
 
 
 def assemble(
-    terms: Mapping[str, Sequence[Term]], columns: Columns, like: Tensor
+    terms: Mapping[str, Sequence[Term]],
+    columns: Columns,
+    like: Tensor,
+    patterns: dict[str, Pattern],
 ) -> tuple[list[Block], list[Tensor | None]]:
     """Make the blocks of a Jacobian, in the order of its columns.
 
@@ -121,6 +124,8 @@ def assemble(
         The columns wanted.
     like
         The outputs ``(N, K)``.
+    patterns
+        Compiled patterns by parameter name, added to.
 
     Returns
     -------
@@ -148,7 +153,7 @@ def assemble(
         bias = bool(waiting) and _is_bias(terms.get(waiting[0].name, []), found, waiting[0])
         if bias:
             waiting.pop(0)
-        pattern, order = _layout(weight, column)
+        pattern, order = _layout(weight, column, patterns)
         blocks.append(Factors(weight.activations, weight.signals, pattern, bias))
         orders.append(order)
     return blocks, orders
@@ -200,19 +205,23 @@ def _rows(found: Sequence[Term], like: Tensor, size: int) -> Tensor:
     return total
 
 
-def _layout(weight: Outer, column: Column) -> tuple[Pattern | None, Tensor | None]:
+def _layout(
+    weight: Outer, column: Column, patterns: dict[str, Pattern]
+) -> tuple[Pattern | None, Tensor | None]:
     """Pattern of the ``(G·O, I)`` block, and the columns' order if it is not the parameter's."""
+    if column.kept is None and not weight.transposed:
+        return None, None
     g, o, i = weight.shape
-    if not weight.transposed:
-        if column.kept is None:
-            return None, None
-        mask = torch.zeros(g * o * i, dtype=torch.bool)
-        mask[column.kept] = True
-        return Pattern(mask.view(g * o, i)), None
-    order = torch.arange(g * o * i).view(g, i, o).transpose(1, 2).flatten()
+    # rank among the kept elements, -1 for the others; where the block has each element
+    rank = torch.arange(g * o * i)
+    if column.kept is not None:
+        rank = torch.full((g * o * i,), -1)
+        rank[column.kept] = torch.arange(len(column.kept))
+    if weight.transposed:
+        rank = rank.view(g, i, o).transpose(1, 2).flatten()
+    order = rank[rank >= 0] if weight.transposed else None
     if column.kept is None:
         return None, order
-    rank = torch.full((g * o * i,), -1)
-    rank[column.kept] = torch.arange(len(column.kept))
-    order = rank[order]
-    return Pattern((order >= 0).view(g * o, i)), order[order >= 0]
+    if column.name not in patterns:
+        patterns[column.name] = Pattern((rank >= 0).view(g * o, i))
+    return patterns[column.name], order

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,16 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, quiet, take, tensors
-from jacpot.tangent.probe import Probe, cannot_map, probe, signals, stand_in
+from jacpot.tangent.network import (
+    Inputs,
+    Network,
+    n_examples,
+    over_tensors,
+    recording,
+    take,
+    tensors,
+)
+from jacpot.tangent.probe import Probe, cannot_map, signals, stand_in
 from jacpot.tangent.recorder import Call, Recorder
 from jacpot.tangent.rules import Rows, Term
 from jacpot.tangent.rules.terms import Fold
@@ -63,9 +70,9 @@ class Seen:
 def capture(
     network: Network,
     x: Inputs,
-    targets: Any = None,
-    probed: Probe | None = None,
-    memory_budget: int = 1 << 30,
+    targets: Any,
+    probed: Probe,
+    memory_budget: int,
 ) -> Iterator[Captured]:
     """Capture the factors of all examples, in parts that fit the memory budget.
 
@@ -78,7 +85,7 @@ def capture(
     targets
         Given to the network's ``output`` function with the outputs.
     probed
-        What `probe` found on this network; it is asked otherwise.
+        What `probe` found on this network.
     memory_budget
         Bytes that the signals of one part may take.
 
@@ -87,9 +94,6 @@ def capture(
     Captured
         The next examples'.
     """
-    with ExitStack() as stack:
-        quiet(stack)
-        probed = probed or probe(network, x, targets)
     _announce(network, probed)
     n = n_examples(x)
     copies = sum(network.parameters[name].numel() for name in probed.uncovered)
@@ -111,7 +115,7 @@ def _announce(network: Network, probed: Probe) -> None:
                 f"{kind} (layer {owner!r}, parameter {own!r}) has no layer rule: the rows of its "
                 "parameters are found through torch.func, exactly, at N·K·P numbers of memory. "
                 "jacpot.register_layer_rule can teach one.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -120,8 +124,7 @@ def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> I
     if keep == 0:  # most layers refuse an empty batch: run one example, and keep nothing of it
         x, targets = stand_in(x, 1), stand_in(targets, 1)
     n = n_examples(x)
-    with ExitStack() as stack:
-        quiet(stack)
+    with recording():
         if probed.together or n == 1:
             yield _together(network, x, targets, probed, keep)
             return

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from jacpot.ops import jacobian as kernels
-from jacpot.ops.jacobian import Block
+from jacpot.ops.jacobian import Block, Outputs
+from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Columns, assemble
 from jacpot.tangent.capture import capture
-from jacpot.tangent.network import Inputs, Network, Output
+from jacpot.tangent.network import Inputs, Network, Output, recording, take
+from jacpot.tangent.probe import probe
 
-__all__ = ["Jacobian", "jacobian"]
+__all__ = ["Jacobian", "JacobianSource", "jacobian"]
 
 Wrt = Literal["kept", "all"]
-Outputs = Literal["full", "trace", "diagonal"]
 
 
 class Jacobian:
@@ -79,6 +80,16 @@ class Jacobian:
     def dtype(self) -> torch.dtype:
         """Element type of the parameters, and so of every result."""
         return self.outputs.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the factors take."""
+        return sum(
+            block.activations.nbytes + block.signals.nbytes
+            if isinstance(block, kernels.Factors)
+            else block.rows.nbytes
+            for block in self.blocks
+        )
 
     @property
     def T(self) -> JacobianTranspose:
@@ -335,15 +346,58 @@ def jacobian(
     >>> J.shape, (J @ torch.ones(J.n_parameters)).shape, (J.T @ torch.ones(4, 2)).shape
     ((8, 32), torch.Size([4, 2]), torch.Size([32]))
     """
-    if wrt not in ("kept", "all"):
-        raise ValueError(f"argument 'wrt' must be 'kept' or 'all', got {wrt!r}")
-    network = Network(module, mask, output)
-    columns = Columns(network.parameters, network.mask if wrt == "kept" else {})
-    parts = [
-        (part.outputs, *assemble(part.terms, columns, part.outputs))
-        for part in capture(network, x, targets, memory_budget=memory_budget)
-    ]
-    return joined([Jacobian(outputs, blocks, columns, o) for outputs, blocks, o in parts])
+    return JacobianSource(module, x, mask, wrt, output, targets, memory_budget)(x, targets=targets)
+
+
+class JacobianSource:
+    """Gives the Jacobians of batches of examples, all in the same blocks and columns.
+
+    Parameters
+    ----------
+    module, mask, wrt, output, memory_budget
+        As in :func:`jacobian`.
+    x, targets
+        Examples to learn from how the network uses its parameters.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Inputs,
+        mask: Mapping[str, Tensor] | None = None,
+        wrt: Wrt = "kept",
+        output: Output | None = None,
+        targets: Any = None,
+        memory_budget: int = 1 << 30,
+    ) -> None:
+        if wrt not in ("kept", "all"):
+            raise ValueError(f"argument 'wrt' must be 'kept' or 'all', got {wrt!r}")
+        self.network = Network(module, mask, output)
+        self.columns = Columns(self.network.parameters, self.network.mask if wrt == "kept" else {})
+        self.memory_budget = memory_budget
+        self._patterns: dict[str, Pattern] = {}
+        with recording():
+            self.probe = probe(self.network, x, targets)
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs per example, K."""
+        return self.probe.n_outputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the parameters."""
+        return self.network.dtype
+
+    def __call__(self, x: Inputs, examples: slice | None = None, targets: Any = None) -> Jacobian:
+        """Take the Jacobian at these examples, or at some of them."""
+        if examples is not None:
+            x, targets = take(x, examples), take(targets, examples)
+        parts = []
+        for part in capture(self.network, x, targets, self.probe, self.memory_budget):
+            blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
+            parts.append(Jacobian(part.outputs, blocks, self.columns, orders))
+        return joined(parts)
 
 
 def joined(parts: Sequence[Jacobian]) -> Jacobian:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Inputs", "Network", "Output", "n_examples", "over_tensors", "quiet", "take", "tensors"]
+__all__ = [
+    "Inputs",
+    "Network",
+    "Output",
+    "n_examples",
+    "over_tensors",
+    "recording",
+    "take",
+    "tensors",
+]
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 Output: TypeAlias = str | int | Callable[..., Tensor]
@@ -163,14 +172,18 @@ class Network:
         return result.reshape(n, result[:1].numel() if n else -1)
 
 
-def quiet(stack: ExitStack) -> None:
-    """Record gradients, without autocast, whatever the caller's modes, until the stack closes."""
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one that takes batches of cotangents
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record gradients, without autocast, whatever modes the caller is in."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # the one attention whose derivatives take a batch of cotangents
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

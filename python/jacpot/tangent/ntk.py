@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from jacpot.tangent.jacobian import Outputs, Wrt, jacobian
-from jacpot.tangent.network import Inputs, Output
+from jacpot.ops.jacobian import Outputs
+from jacpot.tangent.jacobian import Jacobian, JacobianSource, Wrt
+from jacpot.tangent.journal import Journal, fingerprint
+from jacpot.tangent.network import Inputs, Output, n_examples, tensors
+from jacpot.tangent.target import Target
 
 __all__ = ["ntk"]
 
@@ -19,8 +26,12 @@ def ntk(
     mask: Mapping[str, Tensor] | None = None,
     wrt: Wrt = "kept",
     outputs: Outputs = "full",
+    batch_size: int | None = None,
+    out: Any = None,
+    progress: bool = False,
     output: Output | None = None,
-) -> Tensor:
+    memory_budget: int = 1 << 32,
+) -> Any:
     """Compute the tangent kernel ``J(x1) J(x2)ᵀ`` of a network.
 
     Parameters
@@ -32,16 +43,34 @@ def ntk(
     outputs
         ``"full"``: ``(N, K, M, K)``. ``"trace"``: the sum over equal outputs, ``(N, M)``.
         ``"diagonal"``: equal outputs only, ``(N, M, K)``.
+    batch_size
+        Examples in a block, on either side. None: as many as the memory budget allows. The result
+        does not depend on it beyond rounding.
+    out
+        Where the kernel goes: a tensor or array, a ``numpy.memmap``, a zarr array, or the path of a
+        ``.npy`` file. An interrupted computation into a file continues, when the same call is
+        repeated, from the blocks that it finished; a journal beside the file names them.
+    progress
+        Show a progress bar.
+    memory_budget
+        Bytes for the factors and one block, about; ``out`` is not counted. Factors that fit are
+        computed once; others once for each row of blocks.
 
     Returns
     -------
-    Tensor
-        The kernel.
+    Tensor or array
+        The kernel: ``out``, the file's memmap, or a new tensor. Without ``x2`` it is symmetric to
+        the last bit.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As :func:`jacpot.jacobian`.
+        As :func:`jacpot.jacobian`, and if ``out`` has another shape or dtype or holds part of
+        another computation.
+
+    Notes
+    -----
+    Jacot, Gabriel & Hongler 2018, "Neural tangent kernel".
 
     Examples
     --------
@@ -51,7 +80,117 @@ def ntk(
     >>> jacpot.ntk(net, x, outputs="trace")  # K (⟨x, x'⟩ + 1)
     tensor([[30.,  6.],
             [ 6.,  4.]])
+    >>> on_disk = jacpot.ntk(net, x, outputs="trace", batch_size=1, out="kernel.npy")
+    >>> float(on_disk[0, 1])
+    6.0
     """
-    left = jacobian(module, x1, mask, wrt, output)
-    right = None if x2 is None else jacobian(module, x2, mask, wrt, output)
-    return left.gram(right, outputs)
+    if outputs not in ("full", "trace", "diagonal"):
+        raise ValueError(
+            f"argument 'outputs' must be 'full', 'trace' or 'diagonal', got {outputs!r}"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
+    source = JacobianSource(module, x1, mask, wrt, output, memory_budget=memory_budget // 4)
+    n, k = n_examples(x1), source.n_outputs
+    m = n if x2 is None else n_examples(x2, "x2")
+    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
+    per_pair = {"full": k * k, "trace": 1, "diagonal": k}[outputs]
+    step = batch_size or _batch_size(source, x1, max(n, m), per_pair, memory_budget)
+    if out is None and step >= max(n, m):
+        left = source(x1)
+        return left.gram(None if x2 is None else source(x2), outputs)
+
+    target = Target(out, shape, source.dtype)
+    header: dict[str, object] = {"batch_size": step}
+    if target.journal is not None:
+        state = [*source.network.state.values(), *source.network.mask.values()]
+        inputs = [*tensors(x1), *tensors(x2)]
+        words = [outputs, wrt, shape, sorted(source.network.mask)]
+        header["fingerprint"] = fingerprint(words, [*state, *inputs])
+    rows, columns = _Side(source, x1, step, memory_budget // 2), None
+    if x2 is not None:
+        columns = _Side(source, x2, step, memory_budget // 2)
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(target.journal, header, target.flush))
+        advance = stack.enter_context(_bar(n * m, progress))
+        for i in range(len(rows)):
+            for j in range(i if columns is None else 0, len(columns or rows)):
+                here, there = rows.examples(i), (columns or rows).examples(j)
+                mirrored = columns is None and j > i
+                if (i, j) not in journal.finished:
+                    right = None if columns is None and j == i else (columns or rows)[j]
+                    block = rows[i].gram(right, outputs)
+                    _write(target, outputs, here, there, block, mirrored)
+                    journal.done((i, j))
+                pairs = (here.stop - here.start) * (there.stop - there.start)
+                advance(pairs * (2 if mirrored else 1))
+            rows.forget(i)
+    return target.array
+
+
+class _Side:
+    """Jacobians of blocks of examples, kept as far as memory allows."""
+
+    def __init__(self, source: JacobianSource, x: Inputs, step: int, budget: int) -> None:
+        self.source, self.x, self.step, self.budget = source, x, step, budget
+        self.n = n_examples(x)
+        self._kept: dict[int, Jacobian] = {}
+
+    def __len__(self) -> int:
+        return -(-self.n // self.step)
+
+    def examples(self, i: int) -> slice:
+        return slice(i * self.step, min((i + 1) * self.step, self.n))
+
+    def __getitem__(self, i: int) -> Jacobian:
+        if i not in self._kept:
+            found = self.source(self.x, self.examples(i))
+            if self._kept and (1 + len(self._kept)) * found.nbytes > self.budget:
+                return found
+            self._kept[i] = found
+        return self._kept[i]
+
+    def forget(self, i: int) -> None:
+        self._kept.pop(i, None)
+
+
+def _batch_size(source: JacobianSource, x: Inputs, n: int, per_pair: int, budget: int) -> int:
+    """Examples of which two blocks' factors, and the block of the kernel, fit the budget."""
+    pairs = math.isqrt(budget // (4 * per_pair * source.dtype.itemsize))
+    few = budget // (8 * max(1, source.n_outputs * source.probe.bytes_per_example))
+    if n > few:  # too many for a guess: measure
+        few = budget // (4 * max(1, source(x, slice(1)).nbytes))
+    return max(1, min(n, pairs, few))
+
+
+def _write(
+    target: Target, outputs: Outputs, here: slice, there: slice, block: Tensor, mirrored: bool
+) -> None:
+    """Write a block ``(n, [K,] m, [K])``, and its mirror image where the kernel is symmetric."""
+    every = slice(None)
+    if outputs == "full":
+        target.write((here, every, there, every), block)
+        if mirrored:
+            target.write((there, every, here, every), block.permute(2, 3, 0, 1))
+    else:
+        target.write((here, there), block)
+        if mirrored:
+            target.write((there, here), block.transpose(0, 1))
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    """Give what advances a progress bar."""
+    if not shown:
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn("kernel"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.completed:,}/{task.total:,} pairs"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("kernel", total=total)
+        yield lambda pairs: bar.advance(task, pairs)

@@ -1,0 +1,103 @@
+"""Where a streamed result goes: a tensor, an array, a memory-mapped file or a zarr array."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+__all__ = ["Target"]
+
+
+class Target:
+    """An array of a given shape and dtype that blocks are written into.
+
+    Parameters
+    ----------
+    out
+        A tensor, a NumPy array or memmap, anything with ``shape``, ``dtype`` and assignment to
+        slices (zarr, h5py), the path of a ``.npy`` file that is made or continued, or None for a
+        new tensor.
+    shape, dtype
+        What it must have.
+
+    Attributes
+    ----------
+    array
+        What was given, or made.
+    journal
+        The file in which finished blocks are named; None if the array does not outlive the process.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the array has another dtype or shape.
+    """
+
+    def __init__(self, out: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.journal: Path | None = None
+        if out is None:
+            out = torch.empty(shape, dtype=dtype)
+        elif isinstance(out, str | os.PathLike):
+            out = _npy(Path(out), shape, dtype)
+        if (
+            not hasattr(out, "shape")
+            or not hasattr(out, "dtype")
+            or not hasattr(out, "__setitem__")
+        ):
+            raise TypeError(
+                "argument 'out' must be a tensor, an array or the path of a .npy file, got "
+                f"{type(out).__name__}"
+            )
+        if tuple(out.shape) != shape:
+            raise ValueError(f"argument 'out' must have shape {shape}, got {tuple(out.shape)}")
+        wanted = dtype if isinstance(out, Tensor) else _numpy_dtype(dtype)
+        if out.dtype != wanted:
+            raise TypeError(f"argument 'out' must be {wanted}, got {out.dtype}")
+        self.array = out
+        place = _place(out)
+        if place is not None:
+            self.journal = place.with_name(place.name + ".jacpot-journal")
+
+    def write(self, index: tuple[slice, ...], block: Tensor) -> None:
+        """Write a block."""
+        self.array[index] = block if isinstance(self.array, Tensor) else block.numpy()
+
+    def flush(self) -> None:
+        """Make what was written durable, and give a mapped file's memory back."""
+        flush = getattr(self.array, "flush", None)
+        if flush is not None:
+            flush()
+        mapped = getattr(self.array, "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _numpy_dtype(dtype: torch.dtype) -> numpy.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    if not path.exists():
+        return numpy.lib.format.open_memmap(path, "w+", dtype=_numpy_dtype(dtype), shape=shape)
+    if path.suffix != ".npy":
+        raise ValueError(f"argument 'out' must be the path of a .npy file, got {str(path)!r}")
+    return numpy.lib.format.open_memmap(path, "r+")
+
+
+def _place(out: Any) -> Path | None:
+    """Where an array lies on disk, if it does."""
+    if isinstance(out, numpy.memmap):
+        return None if out.filename is None else Path(os.fspath(out.filename))
+    store = getattr(out, "store", None)  # zarr: a store with a root (3) or a path (2)
+    root = getattr(store, "root", getattr(store, "path", None))
+    if not isinstance(root, str | os.PathLike):
+        return None
+    inner = str(getattr(out, "path", "")).strip("/")
+    base = Path(root)
+    return base.with_name("-".join([base.name, *inner.split("/")])) if inner else base
