@@ -107,19 +107,19 @@ def ntk(
         inputs = [*tensors(x1), *tensors(x2)]
         words = [outputs, wrt, shape, sorted(source.network.mask)]
         header["fingerprint"] = fingerprint(words, [*state, *inputs])
-    rows, columns = _Side(source, x1, step, memory_budget // 2), None
-    if x2 is not None:
-        columns = _Side(source, x2, step, memory_budget // 2)
+    symmetric = x2 is None
+    rows = _Side(source, x1, step, memory_budget // 2)
+    columns = rows if x2 is None else _Side(source, x2, step, memory_budget // 2)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(target.journal, header, target.flush))
         advance = stack.enter_context(_bar(n * m, progress))
         for i in range(len(rows)):
-            for j in range(i if columns is None else 0, len(columns or rows)):
-                here, there = rows.examples(i), (columns or rows).examples(j)
-                mirrored = columns is None and j > i
+            here = rows.examples(i)
+            for j in range(i if symmetric else 0, len(columns)):
+                there = columns.examples(j)
+                mirrored = symmetric and j > i
                 if (i, j) not in journal.finished:
-                    right = None if columns is None and j == i else (columns or rows)[j]
-                    block = rows[i].gram(right, outputs)
+                    block = rows[i].gram(None if symmetric and j == i else columns[j], outputs)
                     _write(target, outputs, here, there, block, mirrored)
                     journal.done((i, j))
                 pairs = (here.stop - here.start) * (there.stop - there.start)
