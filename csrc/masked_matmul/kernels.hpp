@@ -1,5 +1,5 @@
 // The bodies that are compiled per instruction set. A panel is `width` examples, feature by
-// feature: (features, width), contiguous and aligned.
+// feature: (features, width), contiguous and aligned, so that one weight meets whole vectors.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,19 @@
 
 namespace jacpot::masked_matmul {
 
+// Lines [first, last) of a pattern, of each the entries in the grid steps [begin, end): a piece
+// whose part of the panel stays in the cache while all the lines walk over it.
+struct Tile {
+  const Lines& lines;
+  std::int64_t first, last;
+  std::int64_t begin, end;
+};
+
+// Kernels for one panel width. Panels of lines (`x`, `out`) begin at line `first` of the tile;
+// the panel that is indexed begins at feature 0.
 template <class T>
-struct Kernels {
-  std::int64_t width = 0;  // of a panel
+struct Shape {
+  std::int64_t width = 0;
 
   // Copies features [first, last) of examples [example, example + width) into a panel; zeros
   // beyond the last example.
@@ -20,19 +30,21 @@ struct Kernels {
   // The way back; examples beyond the last are dropped.
   void (*unpack)(const T* panel, std::int64_t example, std::int64_t first, std::int64_t last,
                  const Activations<T>& to) = nullptr;
-  // out[l] = Σ values[e] · panel[index[e]] over the entries e of each line in [first, last);
-  // `out` begins at line `first`.
-  void (*multiply)(const Lines& lines, const T* values, std::int64_t first, std::int64_t last,
-                   const T* panel, T* out) = nullptr;
-  // out[l] = max(out[l] + bias[l], 0) and its parts, in place.
+  // out[l] (+)= Σ values[e] · panel[index[e]]; it is set where the tile begins at 0.
+  void (*multiply)(const Tile& tile, const T* values, const T* panel, T* out) = nullptr;
+  // d_values[e] += ⟨x[l], panel[index[e]]⟩.
+  void (*sample)(const Tile& tile, const T* panel, const T* x, T* d_values) = nullptr;
+  // Both of the above in one walk: each loaded vector of the panel feeds two FMAs.
+  void (*fused)(const Tile& tile, const T* values, const T* panel, const T* x, T* out,
+                T* d_values) = nullptr;
+  // out[l] = max(out[l] + bias[l], 0) or its parts, in place; `out` begins at line `first`.
   void (*finish)(std::int64_t first, std::int64_t last, const T* bias, bool relu, T* out) = nullptr;
-  // d_values[e] += ⟨x[l], panel[index[e]]⟩ over the entries of lines [first, last); `x` begins
-  // at line `first`.
-  void (*sample)(const Lines& lines, std::int64_t first, std::int64_t last, const T* panel,
-                 const T* x, T* d_values) = nullptr;
-  // Both of the above in one walk: each loaded panel row feeds two FMAs.
-  void (*fused)(const Lines& lines, const T* values, std::int64_t first, std::int64_t last,
-                const T* panel, const T* x, T* out, T* d_values) = nullptr;
+};
+
+template <class T>
+struct Kernels {
+  static constexpr int count = 4;
+  Shape<T> shapes[count];  // in rising width; the first is of one example
 };
 
 struct KernelTable {

@@ -77,49 +77,148 @@ void parallel_workers(int threads, std::int64_t tasks, F&& body) {
   });
 }
 
+// Examples in panels: all of the widest shape but the last, which takes the narrowest that holds
+// what is left.
+template <class T>
+class Panelling {
+ public:
+  explicit Panelling(std::int64_t examples) : examples_(examples) {}
+  std::int64_t width() const { return shape_for(examples_).width; }
+  std::int64_t count() const { return ceil_div(examples_, width()); }
+  std::int64_t example(std::int64_t panel) const { return panel * width(); }
+  const Shape<T>& shape(std::int64_t panel) const { return shape_for(examples_ - example(panel)); }
+
+ private:
+  static const Shape<T>& shape_for(std::int64_t examples) {
+    const Kernels<T>& k = kernels<T>();
+    int i = 0;
+    while (i + 1 < k.count && k.shapes[i].width < examples) ++i;
+    return k.shapes[i];
+  }
+  std::int64_t examples_;
+};
+
+// Grid steps of a tile: as many as `bytes` of the panel hold, and enough that the entries of a
+// line in it outweigh reading and writing the line's sums.
+template <class T>
+std::int64_t tile_steps(const Lines& lines, const Shape<T>& shape, std::int64_t bytes) {
+  const std::int64_t row_bytes = shape.width * static_cast<std::int64_t>(sizeof(T));
+  return std::max<std::int64_t>(2, bytes / (row_bytes * lines.step));
+}
+
+// Measured: somewhat more than the first-level cache forward, where one load feeds one FMA; a
+// part of the second-level cache for the fused backward, where it feeds two.
+constexpr std::int64_t forward_tile_bytes = 40 << 10, backward_tile_bytes = 256 << 10;
+constexpr std::int64_t block_bytes = 256 << 10;  // of the lines that are walked in a tile
+
+template <class T>
+std::int64_t block_lines(std::int64_t width) {
+  return std::max<std::int64_t>(16, block_bytes / (width * static_cast<std::int64_t>(sizeof(T))));
+}
+
 // out (N, lines) = product of `lines` with in (N, length).
 template <class T>
 Status multiply(const Lines& lines, const T* values, const T* bias, bool relu,
                 Activations<const T> in, Activations<T> out, int threads) {
-  const Kernels<T>& k = kernels<T>();
-  const std::int64_t panels = ceil_div(in.examples, k.width);
-  if (panels == 0 || lines.lines == 0) return {};
-  const Chunks chunks{lines,
-                      std::clamp<std::int64_t>(ceil_div(2 * threads, panels), 1, lines.lines)};
-  const std::int64_t tasks = panels * chunks.count;
+  if (in.examples == 0 || lines.lines == 0) return {};
+  const Panelling<T> panels(in.examples);
+  // Chunks of lines only where panels alone don't share out well.
+  Chunks chunks{lines, 1};
+  while (panels.count() * chunks.count % threads != 0 &&
+         panels.count() * chunks.count < 4 * threads)
+    ++chunks.count;
+  const std::int64_t tasks = panels.count() * chunks.count, block = block_lines<T>(panels.width());
   const auto workers = static_cast<int>(std::min<std::int64_t>(threads, tasks));
-  Panels<T> inputs(workers, lines.length * k.width), outputs(workers, lines.lines * k.width);
+  Panels<T> inputs(workers, lines.length * panels.width()),
+      outputs(workers, std::min(block, lines.lines) * panels.width());
   if (!inputs.ok() || !outputs.ok()) return no_memory;
   parallel_workers(workers, tasks, [&](std::int64_t task, std::int64_t worker) {
-    const std::int64_t example = task / chunks.count * k.width;
-    const std::int64_t first = chunks.first(task % chunks.count),
-                       last = chunks.first(task % chunks.count + 1);
+    const std::int64_t panel = task / chunks.count, chunk = task % chunks.count,
+                       example = panels.example(panel);
+    const Shape<T>& shape = panels.shape(panel);
+    const std::int64_t steps = tile_steps(lines, shape, forward_tile_bytes);
     T* input = inputs.get(worker);
     T* output = outputs.get(worker);
-    k.pack(in, example, 0, lines.length, input);
-    k.multiply(lines, values, first, last, input, output);
-    if (bias || relu) k.finish(first, last, bias, relu, output);
-    k.unpack(output, example, first, last, out);
+    shape.pack(in, example, 0, lines.length, input);
+    const std::int64_t end = chunks.first(chunk + 1);
+    for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
+      const std::int64_t last = std::min(end, first + block);
+      for (std::int64_t s = 0; s < lines.steps; s += steps)
+        shape.multiply({lines, first, last, s, std::min(lines.steps, s + steps)}, values, input,
+                       output);
+      if (bias || relu) shape.finish(first, last, bias, relu, output);
+      shape.unpack(output, example, first, last, out);
+    }
   });
   return {};
 }
 
-template <class T>
-void permute(const Lines& lines, const T* from, T* to, int threads) {
-  constexpr std::int64_t grain = 8192;
-  parallel_for(threads, ceil_div(lines.nnz, grain), [&](std::int64_t task) {
-    const std::int64_t end = std::min(lines.nnz, (task + 1) * grain);
-    for (std::int64_t e = task * grain; e < end; ++e) to[e] = from[lines.permutation[e]];
+// Calls f(entry, its place in row order) for every entry of `lines`, in blocks of lines by grid
+// steps: rows of few entries are far apart in row order, and this way their cache lines are used
+// up before the walk goes on.
+template <class F>
+void for_each_place(const Lines& lines, int threads, F&& f) {
+  constexpr std::int64_t block = 256;
+  const std::int64_t steps = std::max<std::int64_t>(1, 128 / lines.step);
+  parallel_for(threads, ceil_div(lines.lines, block), [&](std::int64_t task) {
+    const std::int64_t first = task * block, last = std::min(lines.lines, first + block);
+    for (std::int64_t s = 0; s < lines.steps; s += steps) {
+      const std::int32_t* begin = lines.grid + s * lines.lines;
+      const std::int32_t* end = lines.grid + std::min(lines.steps, s + steps) * lines.lines;
+      for (std::int64_t l = first; l < last; ++l)
+        for (std::int64_t e = begin[l]; e < end[l]; ++e) f(e, lines.permutation[e]);
+    }
   });
 }
 
+// The gradient of the values, in column order, and dx where it is wanted. A thread owns columns
+// and takes the panels in turn, so nothing is shared between threads, and sums have one order
+// whatever their number.
 template <class T>
-void permute_back(const Lines& lines, const T* from, T* to, int threads) {
-  constexpr std::int64_t grain = 8192;
-  parallel_for(threads, ceil_div(lines.nnz, grain), [&](std::int64_t task) {
-    const std::int64_t end = std::min(lines.nnz, (task + 1) * grain);
-    for (std::int64_t e = task * grain; e < end; ++e) to[lines.permutation[e]] = from[e];
-  });
+Status walk_columns(const Lines& lines, const T* by_column, Activations<const T> x,
+                    Activations<const T> dy, Activations<T> dx, T* gradient, int threads) {
+  const Panelling<T> panels(dy.examples);
+  // Every thread walks all panels of dy: they are packed once, a group at a time.
+  constexpr std::int64_t group = 32;
+  const std::int64_t panel_size = lines.length * panels.width();
+  Scratch<T> packed = allocate_scratch<T>(std::min(group, panels.count()) * panel_size);
+  const Chunks chunks{lines, std::min(lines.lines, threads * ceil_div(lines.lines, 512 * threads))};
+  const auto workers = static_cast<int>(std::min<std::int64_t>(threads, chunks.count));
+  const std::int64_t block = block_lines<T>(panels.width());
+  Panels<T> inputs(workers, std::min(block, lines.lines) * panels.width()),
+      outputs(workers, std::min(block, lines.lines) * panels.width());
+  if (!packed || !inputs.ok() || !outputs.ok()) return no_memory;
+  for (std::int64_t start = 0; start < panels.count(); start += group) {
+    const std::int64_t stop = std::min(panels.count(), start + group);
+    parallel_for(threads, stop - start, [&](std::int64_t p) {
+      panels.shape(start + p).pack(dy, panels.example(start + p), 0, lines.length,
+                                   packed.get() + p * panel_size);
+    });
+    parallel_workers(workers, chunks.count, [&](std::int64_t chunk, std::int64_t worker) {
+      T* input = inputs.get(worker);
+      T* output = outputs.get(worker);
+      const std::int64_t end = chunks.first(chunk + 1);
+      for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
+        const std::int64_t last = std::min(end, first + block);
+        for (std::int64_t p = start; p < stop; ++p) {
+          const Shape<T>& shape = panels.shape(p);
+          const std::int64_t example = panels.example(p),
+                             steps = tile_steps(lines, shape, backward_tile_bytes);
+          const T* panel = packed.get() + (p - start) * panel_size;
+          shape.pack(x, example, first, last, input);
+          for (std::int64_t s = 0; s < lines.steps; s += steps) {
+            const Tile tile{lines, first, last, s, std::min(lines.steps, s + steps)};
+            if (dx.data)
+              shape.fused(tile, by_column, panel, input, output, gradient);
+            else
+              shape.sample(tile, panel, input, gradient);
+          }
+          if (dx.data) shape.unpack(output, example, first, last, dx);
+        }
+      }
+    });
+  }
+  return {};
 }
 
 }  // namespace
@@ -135,13 +234,15 @@ template <class T>
 Status backward(const Pattern& pattern, const T* values, Activations<const T> x,
                 Activations<const T> dy, Activations<T> dx, T* d_values, int threads) {
   threads = team(threads, pattern.rows.nnz, dy.examples);
-  const Kernels<T>& k = kernels<T>();
   const Lines& lines = pattern.columns;
   const bool wants_dx = dx.data != nullptr, wants_values = d_values != nullptr;
   Scratch<T> by_column, gradient;
   if (wants_dx) {
     if (!(by_column = allocate_scratch<T>(lines.nnz))) return no_memory;
-    permute(lines, values, by_column.get(), threads);
+    for_each_place(lines, threads,
+                   [values, to = by_column.get()](std::int64_t e, std::int64_t place) {
+                     to[e] = values[place];
+                   });
   }
   if (!wants_values)
     return wants_dx ? multiply<T>(lines, by_column.get(), nullptr, false, dy, dx, threads)
@@ -149,36 +250,14 @@ Status backward(const Pattern& pattern, const T* values, Activations<const T> x,
 
   if (!(gradient = allocate_scratch<T>(lines.nnz))) return no_memory;
   std::memset(gradient.get(), 0, static_cast<std::size_t>(lines.nnz) * sizeof(T));
-  const std::int64_t panels = ceil_div(dy.examples, k.width);
-  // All panels of dy are packed first, since every thread walks all of them: a thread owns
-  // columns, so nothing is shared and sums have one order whatever the number of threads.
-  const std::int64_t panel_size = lines.length * k.width;
-  Scratch<T> packed = allocate_scratch<T>(panels * panel_size);
-  if (!packed) return no_memory;
-  parallel_for(threads, panels, [&](std::int64_t p) {
-    k.pack(dy, p * k.width, 0, lines.length, packed.get() + p * panel_size);
-  });
-  const Chunks chunks{
-      lines, std::clamp<std::int64_t>(4 * threads, 1, std::max<std::int64_t>(lines.lines, 1))};
-  const auto workers = static_cast<int>(std::min<std::int64_t>(threads, chunks.count));
-  Panels<T> inputs(workers, lines.lines * k.width), outputs(workers, lines.lines * k.width);
-  if (!inputs.ok() || !outputs.ok()) return no_memory;
-  parallel_workers(workers, chunks.count, [&](std::int64_t chunk, std::int64_t worker) {
-    const std::int64_t first = chunks.first(chunk), last = chunks.first(chunk + 1);
-    T* input = inputs.get(worker);
-    T* output = outputs.get(worker);
-    for (std::int64_t p = 0; p < panels; ++p) {
-      const T* panel = packed.get() + p * panel_size;
-      k.pack(x, p * k.width, first, last, input);
-      if (wants_dx) {
-        k.fused(lines, by_column.get(), first, last, panel, input, output, gradient.get());
-        k.unpack(output, p * k.width, first, last, dx);
-      } else {
-        k.sample(lines, first, last, panel, input, gradient.get());
-      }
-    }
-  });
-  permute_back(lines, gradient.get(), d_values, threads);
+  if (dy.examples > 0 && lines.lines > 0) {
+    const Status status = walk_columns(lines, by_column.get(), x, dy, dx, gradient.get(), threads);
+    if (!status.ok()) return status;
+  }
+  for_each_place(lines, threads,
+                 [d_values, from = gradient.get()](std::int64_t e, std::int64_t place) {
+                   d_values[place] = from[e];
+                 });
   return {};
 }
 

@@ -15,13 +15,26 @@ constexpr std::int64_t lines_per_task = 64;
 
 struct Header {
   std::int64_t magic, bytes, rows, columns, nnz;
-  std::int64_t row_offsets, column_indices, column_offsets, row_indices,
-      permutation;  // bytes from the start
+  std::int64_t row_offsets, column_indices, column_offsets, row_indices, permutation, row_grid,
+      column_grid;  // bytes from the start
 };
 
 int bytes_for_index(std::int64_t length) { return length <= 65536 ? 2 : 4; }
 
 std::int64_t tasks_for(std::int64_t lines) { return (lines + lines_per_task - 1) / lines_per_task; }
+
+// Indices that hold about `entries_per_step` entries of a line.
+std::int64_t step_of(std::int64_t lines, std::int64_t length, std::int64_t nnz) {
+  if (nnz == 0) return std::max<std::int64_t>(length, 1);
+  const double wanted = static_cast<double>(entries_per_step) * static_cast<double>(lines) *
+                        static_cast<double>(length) / static_cast<double>(nnz);
+  return std::clamp<std::int64_t>(static_cast<std::int64_t>(wanted), 16,
+                                  std::max<std::int64_t>(length, 16));
+}
+
+std::int64_t steps_of(std::int64_t length, std::int64_t step) {
+  return std::max<std::int64_t>(1, (length + step - 1) / step);
+}
 
 Header lay_out(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
   std::int64_t end = sizeof(Header);
@@ -40,6 +53,8 @@ Header lay_out(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
   h.column_offsets = place((columns + 1) * 4);
   h.row_indices = place(nnz * bytes_for_index(rows));
   h.permutation = place(nnz * 4);
+  h.row_grid = place((steps_of(columns, step_of(rows, columns, nnz)) + 1) * rows * 4);
+  h.column_grid = place((steps_of(rows, step_of(columns, rows, nnz)) + 1) * columns * 4);
   h.bytes = end;
   return h;
 }
@@ -120,6 +135,23 @@ void fill_columns(const Header& h, void* block, const Column* column_indices, Ro
   });
 }
 
+template <class Index>
+void fill_grid(std::int64_t lines, std::int64_t length, std::int64_t nnz,
+               const std::int32_t* offsets, const Index* indices, std::int32_t* grid, int threads) {
+  const std::int64_t step = step_of(lines, length, nnz), steps = steps_of(length, step);
+  parallel_for(threads, tasks_for(lines), [&](std::int64_t task) {
+    const std::int64_t end = std::min(lines, (task + 1) * lines_per_task);
+    for (std::int64_t l = task * lines_per_task; l < end; ++l) {
+      std::int32_t e = offsets[l];
+      for (std::int64_t s = 0; s < steps; ++s) {
+        while (e < offsets[l + 1] && static_cast<std::int64_t>(indices[e]) < s * step) ++e;
+        grid[s * lines + l] = e;
+      }
+      grid[steps * lines + l] = offsets[l + 1];
+    }
+  });
+}
+
 // Calls f(element of the values, row, column) for the entries of each row.
 template <class Element, class F>
 void for_each_entry(const Pattern& pattern, Element* values, int threads, F&& row_function) {
@@ -197,6 +229,10 @@ Status compile(const View<const bool, 2>& mask, const std::int32_t* offsets, voi
   with_indices(h, block, [&](auto* column_indices, auto* row_indices) {
     fill_rows(mask, offsets, column_indices, threads);
     fill_columns(h, block, column_indices, row_indices, threads);
+    fill_grid(h.rows, h.columns, h.nnz, at<std::int32_t>(block, h.row_offsets), column_indices,
+              at<std::int32_t>(block, h.row_grid), threads);
+    fill_grid(h.columns, h.rows, h.nnz, at<std::int32_t>(block, h.column_offsets), row_indices,
+              at<std::int32_t>(block, h.column_grid), threads);
   });
   return {};
 }
@@ -209,20 +245,26 @@ Status open(const void* block, std::int64_t bytes, Pattern* pattern) {
   if (h.magic != magic || h.bytes != bytes || lay_out(h.rows, h.columns, h.nnz).bytes != bytes)
     return refused;
   const auto* base = static_cast<const char*>(block);
-  pattern->rows = {.lines = h.rows,
-                   .length = h.columns,
-                   .nnz = h.nnz,
-                   .index_bytes = bytes_for_index(h.columns),
-                   .offsets = reinterpret_cast<const std::int32_t*>(base + h.row_offsets),
-                   .indices = base + h.column_indices,
-                   .permutation = nullptr};
-  pattern->columns = {.lines = h.columns,
-                      .length = h.rows,
-                      .nnz = h.nnz,
-                      .index_bytes = bytes_for_index(h.rows),
-                      .offsets = reinterpret_cast<const std::int32_t*>(base + h.column_offsets),
-                      .indices = base + h.row_indices,
-                      .permutation = reinterpret_cast<const std::int32_t*>(base + h.permutation)};
+  const auto section = [base](std::int64_t offset) {
+    return reinterpret_cast<const std::int32_t*>(base + offset);
+  };
+  const auto lines = [&](std::int64_t count, std::int64_t length, std::int64_t offsets,
+                         std::int64_t indices, std::int64_t grid) {
+    const std::int64_t step = step_of(count, length, h.nnz);
+    return Lines{.lines = count,
+                 .length = length,
+                 .nnz = h.nnz,
+                 .index_bytes = bytes_for_index(length),
+                 .offsets = section(offsets),
+                 .indices = base + indices,
+                 .permutation = nullptr,
+                 .step = step,
+                 .steps = steps_of(length, step),
+                 .grid = section(grid)};
+  };
+  pattern->rows = lines(h.rows, h.columns, h.row_offsets, h.column_indices, h.row_grid);
+  pattern->columns = lines(h.columns, h.rows, h.column_offsets, h.row_indices, h.column_grid);
+  pattern->columns.permutation = section(h.permutation);
   return {};
 }
 

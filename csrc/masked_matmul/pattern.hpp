@@ -12,6 +12,8 @@
 
 namespace jacpot::masked_matmul {
 
+inline constexpr std::int64_t entries_per_step = 8;
+
 // One direction of the pattern. Row-wise, line r is row r of the weight and its indices are
 // columns; column-wise the other way round. Indices rise within a line.
 struct Lines {
@@ -22,6 +24,11 @@ struct Lines {
   const std::int32_t* offsets = nullptr;      // (lines + 1,)
   const void* indices = nullptr;              // (nnz,) uint16 or int32
   const std::int32_t* permutation = nullptr;  // entry -> its place in row order; null row-wise
+  // The grid cuts the length into steps of about `entries_per_step` entries each, from which the
+  // kernels put together tiles of the size of a cache: (steps + 1, lines), where row s holds each
+  // line's first entry with an index of at least s · step.
+  std::int64_t step = 1, steps = 0;
+  const std::int32_t* grid = nullptr;
 };
 
 struct Pattern {
