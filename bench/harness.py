@@ -39,6 +39,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Median seconds of a call."""
         return statistics.median(self.seconds)
 
     @property
