@@ -90,7 +90,7 @@ class Record:
         for seed in map(int, result["runs"]):
             try:
                 self.arrays(seed)
-            except (OSError, ValueError, zipfile.BadZipFile):
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile):
                 continue  # the seed is computed again
             self.runs[seed] = result["runs"][str(seed)]
 
@@ -107,7 +107,8 @@ class Record:
 
     def arrays(self, seed: int) -> dict[str, NDArray[Any]]:
         """Read the arrays that were kept for a finished seed."""
-        with np.load(self._arrays_path(seed), allow_pickle=False) as archive:
+        # np.load leaves a file open that it opened and could not read.
+        with self._arrays_path(seed).open("rb") as file, np.load(file) as archive:
             return {name: archive[name] for name in archive.files}
 
     def write(self, derived: Mapping[str, Any]) -> None:

@@ -1,0 +1,21 @@
+"""The application: its commands, and what they share."""
+
+from __future__ import annotations
+
+import typer
+
+from jacpot.cli.compare import compare
+from jacpot.cli.info import info
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="jacpot",
+    help="Tangent spaces and lottery tickets of neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(compare)
+app.command()(info)

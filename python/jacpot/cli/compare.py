@@ -1,0 +1,197 @@
+"""``jacpot compare``: the tangent space of a random network against the network that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from jacpot.studies.compare import Settings
+    from jacpot.studies.record import Record
+    from jacpot.studies.split import Split
+
+__all__ = ["compare"]
+
+Number = TypeVar("Number", int, float)
+
+
+class Net(str, Enum):
+    """Families of networks."""
+
+    mlp = "mlp"
+    cnn = "cnn"
+
+
+class Optimizer(str, Enum):
+    """Optimizers of the trained network."""
+
+    adam = "adam"
+    sgd = "sgd"
+
+
+# Hidden widths when none are given.
+WIDTHS = {Net.mlp: 256, Net.cnn: 32}
+
+
+def compare(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, mnist, fashion-mnist, cifar10, california, or a FILE.npz with "
+            "x_train, y_train, x_test, y_test or X, y (float y: regression). Named data are "
+            "looked for in the folder $JACPOT_DATA, then downloaded."
+        ),
+    ] = "digits",
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results; run again to continue.")
+    ] = Path("runs/compare"),
+    seeds: Annotated[int, typer.Option(min=1, help="Random networks to start from.")] = 3,
+    net: Annotated[Net, typer.Option(help="Family of networks.")] = Net.mlp,
+    width: Annotated[
+        str | None,
+        typer.Option(help="Width (channels of a cnn), or one a hidden layer: 300,100."),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Hidden layers, all of one width; 2 if not given.")
+    ] = None,
+    train_size: Annotated[
+        int | None, typer.Option(min=1, help="Training examples; all if not given.")
+    ] = None,
+    test_size: Annotated[
+        int | None, typer.Option(min=1, help="Test examples; all if not given.")
+    ] = None,
+    ridge: Annotated[
+        str | None,
+        typer.Option(
+            help="Ridge in units of the kernel's mean diagonal; of several, 0.1,0.01, the best "
+            "on the validation set; 0 asks for the minimum norm. 1 down to 0.0001 if not given."
+        ),
+    ] = None,
+    tol: Annotated[
+        float, typer.Option(help="Relative residual at which the tangent fit is solved.")
+    ] = 1e-4,
+    optimizer: Annotated[Optimizer, typer.Option(help="Trains the network.")] = Optimizer.adam,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its first step size; adam 0.001, sgd 0.01 if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a training step.")] = 64,
+    max_epochs: Annotated[
+        int, typer.Option(min=1, help="Training ends there, converged or not.")
+    ] = 300,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what --out holds and start anew.")
+    ] = False,
+) -> None:
+    """Fit the tangent space of a random network in closed form; compare with training it.
+
+    Four ways from the same random network, each with its test error, and how far the tangent-space
+    solution is from the trained network: a table, a figure and result.json in --out. Ctrl-C
+    keeps the seeds that are finished; the same command continues.
+    """
+    from jacpot.studies.compare import Settings, describe, settings_record
+    from jacpot.studies.contenders import RIDGES
+    from jacpot.studies.data import load
+    from jacpot.studies.record import Record
+    from jacpot.studies.split import split
+    from jacpot.studies.training import Recipe
+
+    if learning_rate is None:
+        learning_rate = {Optimizer.adam: 1e-3, Optimizer.sgd: 1e-2}[optimizer]
+    try:
+        settings = Settings(
+            net=net.value,
+            widths=_widths(net, width, depth),
+            ridges=RIDGES if ridge is None else tuple(_numbers("ridge", ridge, float)),
+            train_size=train_size,
+            test_size=test_size,
+            tol=tol,
+            recipe=Recipe(optimizer.value, learning_rate, batch_size, max_epochs=max_epochs),
+            device=_device(device),
+        )
+        dataset = load(data)
+        parts = split(dataset, train_size, test_size, device=settings.device)
+        facts = describe(settings, dataset, parts)
+        record = Record(out, "compare", settings_record(settings, dataset), facts, fresh)
+    except (ValueError, OSError) as error:
+        typer.secho(f"jacpot compare: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
+
+    console = Console()
+    interrupted = _run(record, settings, parts, seeds, console)
+    if record.runs:
+        from jacpot.studies.compare_figure import draw
+        from jacpot.studies.compare_table import report
+
+        report(record, console)
+        figure = draw(record, parts, record.folder / "figure.png")
+        console.print(f"[dim]{record.path}\n{figure}[/]", highlight=False, soft_wrap=True)
+    if interrupted:
+        console.print(
+            f"Interrupted: {len(record.runs)} of {seeds} seeds are finished and kept. "
+            "The same command continues."
+        )
+        raise typer.Exit(130)
+
+
+def _run(record: Record, settings: Settings, parts: Split, seeds: int, console: Console) -> bool:
+    """Run the study behind a progress bar; return whether it was interrupted."""
+    from jacpot.studies.compare import run
+
+    def done() -> int:
+        return sum(seed in record.runs for seed in range(seeds))
+
+    if done():
+        console.print(f"[dim]{record.folder} already holds {done()} of {seeds} seeds[/]")
+    columns = (
+        TextColumn("{task.fields[name]}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=seeds, completed=done(), name="seeds")
+
+        def show(seed: int, stage: str) -> None:
+            bar.update(task, completed=done(), name=f"seed {seed}", description=stage)
+
+        try:
+            run(record, settings, parts, range(seeds), show)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def _widths(net: Net, width: str | None, depth: int | None) -> tuple[int, ...]:
+    widths = tuple(_numbers("width", width, int)) if width else (WIDTHS[net],)
+    if len(widths) == 1:
+        return widths * (2 if depth is None else depth)
+    if depth is not None and depth != len(widths):
+        raise ValueError(f"depth: {depth} contradicts the {len(widths)} widths {width}")
+    return widths
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected a number or several with commas between, got {text!r}"
+        ) from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used: {error}") from error
+    return name
