@@ -10,7 +10,7 @@ from jacpot.tickets.multigraph import MultigraphLinear, multigraph, powers_of_tw
 from jacpot.tickets.overlap import Overlap, overlap, sign_agreement
 from jacpot.tickets.parametrization import applied, applied_mask, apply, bake, remove
 from jacpot.tickets.planted import Planted, plant
-from jacpot.tickets.prune import prune, prune_iteratively, schedule
+from jacpot.tickets.prune import Scope, prune, prune_iteratively, schedule
 from jacpot.tickets.report import PathReport, inspect
 from jacpot.tickets.rounds import Round, Tickets
 from jacpot.tickets.sanity import random_mask, reinitialise, sanity_checks
@@ -28,6 +28,7 @@ __all__ = [
     "PathReport",
     "Planted",
     "Round",
+    "Scope",
     "SubsetSum",
     "Supermask",
     "TangentFit",
