@@ -6,6 +6,7 @@ import typer
 
 from jacpot.cli.compare import compare
 from jacpot.cli.info import info
+from jacpot.cli.tickets import tickets
 
 __all__ = ["app"]
 
@@ -18,4 +19,5 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(compare)
+app.command()(tickets)
 app.command()(info)

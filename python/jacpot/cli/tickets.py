@@ -1,0 +1,178 @@
+"""``jacpot tickets``: search tickets by one method, train them, and say how they do."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["tickets"]
+
+
+class Method(str, Enum):
+    """Ways to find a ticket."""
+
+    imp = "imp"
+    magnitude = "magnitude"
+    random = "random"
+    snip = "snip"
+    grasp = "grasp"
+    synflow = "synflow"
+    fisher = "fisher"
+    ntk = "ntk"
+    ntk_alignment = "ntk-alignment"
+    edge_popup = "edge-popup"
+    zhou = "zhou"
+    biprop = "biprop"
+
+
+class Net(str, Enum):
+    """Families of networks."""
+
+    mlp = "mlp"
+    cnn = "cnn"
+    vgg = "vgg"
+
+
+class Scope(str, Enum):
+    """How kept weights are spread over the layers."""
+
+    everywhere = "global"
+    layer = "layer"
+    erk = "erk"
+    balanced = "balanced"
+
+
+class Weights(str, Enum):
+    """Frozen weights of supermasks."""
+
+    initial = "initial"
+    signed_constant = "signed-constant"
+
+
+def tickets(
+    method: Annotated[Method, typer.Argument(help="How tickets are found.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, mnist, fashion-mnist, cifar10, california, or a FILE.npz with "
+            "x_train, y_train, x_test, y_test or X, y (float y: regression). Named data are "
+            "looked for in the folder $JACPOT_DATA, then downloaded."
+        ),
+    ] = "digits",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; run again to continue. runs/tickets-METHOD."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Random networks to start from.")] = 1,
+    net: Annotated[Net, typer.Option(help="Family of networks.")] = Net.mlp,
+    width: Annotated[
+        str, typer.Option(help="Width, or one a hidden layer (a pair of layers of a vgg).")
+    ] = "300,100",
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Hidden layers, all of one width.")
+    ] = None,
+    he: Annotated[bool, typer.Option("--he", help="Draw the weights by He's rule.")] = False,
+    train_size: Annotated[
+        int | None, typer.Option(min=1, help="Training examples; all if not given.")
+    ] = None,
+    test_size: Annotated[
+        int | None, typer.Option(min=1, help="Test examples; all if not given.")
+    ] = None,
+    density: Annotated[
+        str, typer.Option(help="Shares of weights to keep: 0.1,0.01. Not for imp.")
+    ] = "0.1",
+    scope: Annotated[
+        Scope, typer.Option(help="How they are spread over the layers. Pruning only.")
+    ] = Scope.everywhere,
+    iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds of scoring; synflow 100, others 1 if not given."),
+    ] = None,
+    score_size: Annotated[
+        int, typer.Option(min=1, help="Training examples that scores look at.")
+    ] = 512,
+    weights: Annotated[
+        Weights, typer.Option(help="Frozen weights of a supermask.")
+    ] = Weights.initial,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of pruning. imp only.")] = 15,
+    prune_fraction: Annotated[
+        float, typer.Option(help="Share of the kept weights pruned a round. imp only.")
+    ] = 0.2,
+    rewind: Annotated[str, typer.Option(help="init, learning-rate, or a step. imp only.")] = "init",
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of a training.")] = 5000,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of Adam; 0.0012, of supermasks 0.1 (zhou) and 0.01, if not given."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 60,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what --out holds and start anew.")
+    ] = False,
+) -> None:
+    """Search tickets by one method, train what was found, and report it by density.
+
+    imp trains controls beside each ticket: its mask on new weights, and a random mask of the same
+    layer densities. Every training is kept as soon as it is done; the same command continues after
+    an interruption. A table, figure.png and tickets.json in --out.
+    """
+    from jacpot.studies.data import load
+    from jacpot.studies.record import environment
+    from jacpot.studies.split import split
+    from jacpot.studies.steps import Steps
+    from jacpot.studies.ticket_store import Store
+    from jacpot.studies.tickets import SUPERMASKS, TicketSettings, run
+    from jacpot.studies.tickets_report import draw, summarise, table
+
+    name = method.value
+    folder = out or Path(f"runs/tickets-{name}")
+    if learning_rate is None:
+        masks = 0.1 if name == "zhou" else 0.01
+        learning_rate = masks if name in SUPERMASKS else 1.2e-3
+    try:
+        widths = tuple(int(part) for part in width.split(","))
+        if depth is not None:
+            if len(widths) != 1:
+                raise ValueError(f"depth: needs a single --width, got {width}")
+            widths *= depth
+        settings = TicketSettings(
+            method=name,
+            net=net.value,
+            widths=widths,
+            he=he,
+            densities=tuple(float(part) for part in density.split(",")),
+            scope=scope.value,
+            iterations=iterations or (100 if name == "synflow" else 1),
+            score_size=score_size,
+            weights=weights.value.replace("-", "_"),
+            rounds=rounds,
+            prune_fraction=prune_fraction,
+            rewind=int(rewind) if rewind.isdecimal() else rewind,
+            recipe=Steps(steps=steps, learning_rate=learning_rate, batch_size=batch_size),
+        )
+        dataset = load(data)
+        parts = split(dataset, train_size, test_size, device=device)
+        store = Store(folder, settings.record(dataset, parts), fresh)
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.secho(f"jacpot tickets: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
+
+    console = Console()
+    rows = []
+    try:
+        for seed in range(seeds):
+            rows += run(store, settings, parts, seed, console.log)
+    except KeyboardInterrupt:
+        console.print("Interrupted; what is finished is kept, the same command continues.")
+        raise typer.Exit(130) from None
+    summary = summarise(rows)
+    title = f"{name} on {dataset.name}, {settings.net} {width}" + (f" x {depth}" if depth else "")
+    console.print(table(summary, title))
+    result = {"settings": store.settings, "environment": environment(), "summary": summary}
+    path = store.write("tickets.json", {**result, "rows": rows})
+    figure = draw(summary, folder / "figure.png", title)
+    console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
