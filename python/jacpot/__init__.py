@@ -6,6 +6,7 @@ from jacpot.linalg import Solution, solve
 from jacpot.ops.masked_matmul import masked_matmul
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent import Jacobian, jacobian, ntk, register_layer_rule
+from jacpot.tangent.gauss_newton import gauss_newton
 from jacpot.tangent.linearize import LinearizedModule, linearize
 from jacpot.tickets import Mask
 
@@ -16,6 +17,7 @@ __all__ = [
     "Pattern",
     "Solution",
     "build_info",
+    "gauss_newton",
     "jacobian",
     "linearize",
     "masked_matmul",

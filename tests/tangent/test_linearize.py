@@ -12,6 +12,14 @@ import jacpot
 from jacpot.linalg import Interrupted
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # systems this small only wait for a second one
+    yield
+    torch.set_num_threads(threads)
+
+
 def network(widths=(5, 16, 3), dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     layers = []

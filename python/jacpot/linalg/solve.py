@@ -30,7 +30,7 @@ from jacpot.linalg.preconditioners import (
 )
 from jacpot.linalg.solution import Interrupted, Solution, Status
 
-__all__ = ["solve"]
+__all__ = ["prepare", "solve"]
 
 Callback = Callable[[int, float, float], Any]
 
@@ -138,7 +138,7 @@ def solve(
     setup = time.perf_counter()
     if method == "cholesky":
         preconditioner = Cholesky()
-    prepared = _prepare(preconditioner, a, damping)
+    prepared = prepare(preconditioner, a, damping)
     inverse = prepared.inverse
     setup = time.perf_counter() - setup
     columns = (columns / scale).contiguous()
@@ -217,7 +217,8 @@ def _residual(a: LinearOperator, b: Tensor, x: Tensor, damping: float) -> Tensor
     return residual - damping * x if a.shape[0] == a.shape[1] else residual
 
 
-def _prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:
+def prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:
+    """Make what :func:`solve` takes as ``preconditioner`` for ``a + damping·I``."""
     if preconditioner is None:
         return Prepared(None, "none")
     if isinstance(preconditioner, str):
@@ -226,6 +227,8 @@ def _prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared
                 f"argument 'preconditioner' must be one of {sorted(NAMED)}, got {preconditioner!r}"
             )
         preconditioner = NAMED[preconditioner]
+    if isinstance(preconditioner, Prepared):
+        return preconditioner
     if isinstance(preconditioner, Preconditioner):
         return preconditioner.prepare(a, damping)
     if isinstance(preconditioner, LinearOperator):

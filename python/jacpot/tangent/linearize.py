@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from jacpot.linalg import Interrupted, Solution
-from jacpot.tangent.jacobian import Jacobian, jacobian
+from jacpot.tangent.fit import Fit, Problem, validation_error
+from jacpot.tangent.jacobian import jacobian
+from jacpot.tangent.losses import Loss, Weighted, get_loss
+from jacpot.tangent.newton import fit_convex
 from jacpot.tangent.operators import JacobianOperator
-from jacpot.tangent.progress import observing
-from jacpot.tangent.squared import fit_squared
+from jacpot.tangent.progress import Callback, observing
+from jacpot.tangent.spectrum import Spectrum
+from jacpot.tangent.squared import fit_squared, named
+from jacpot.tangent.streamed import StreamedJacobian
 
 __all__ = ["LinearizedModule", "linearize"]
-
-LOSSES = ("mse",)
 
 
 class LinearizedModule(nn.Module):
@@ -111,39 +114,65 @@ class LinearizedModule(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        loss: str = "mse",
-        ridge: float = 0.0,
+        loss: str | Loss = "mse",
+        ridge: float | str = 0.0,
         method: str = "auto",
         preconditioner: Any = "auto",
         tol: float = 1e-6,
         max_iter: int | None = None,
-        callback: Callable[[int, float, float], Any] | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
-    ) -> Solution:
-        """Find the Δ that minimises ``Σ_n loss(f(x_n) + J(x_n) Δ, y_n) + ridge/2 ‖Δ‖²``.
+        weights: Tensor | None = None,
+        ridges: Sequence[float] | None = None,
+        validation: tuple[Tensor, Tensor] | None = None,
+        batch_size: int | None = None,
+        warm_start: bool = False,
+    ) -> Fit:
+        """Find the Δ that minimises ``Σ_n w_n loss(f(x_n) + J(x_n) Δ, y_n) + ridge/2 ‖Δ‖²``.
 
         Parameters
         ----------
         x
             Inputs, (N, ...).
         y
-            Targets of the dtype and shape of the outputs, (N, K), or (N,) when K = 1.
+            Targets: of the shape of the outputs, (N, K), or (N,) when K = 1; labels (N,) int64 for
+            ``"cross_entropy"``.
         loss
-            ``"mse"``: ``½ ‖·‖²`` for each example.
+            ``"mse"`` (``½ ‖·‖²`` for each example), ``"cross_entropy"``, ``"logistic"``,
+            ``"huber"``, or an object like `jacpot.tangent.losses.ConvexLoss`.
         ridge
-            Non-negative. Zero gives, of all minimisers, the one of least norm.
+            Non-negative. Zero gives, of all minimisers of the squared loss, the one of least norm;
+            other losses need more than zero. Or how to choose it, for the squared loss: ``"gcv"``,
+            ``"loo"`` (leave one out), ``"evidence"`` (marginal likelihood) or ``"validation"``.
         method
             ``"dual"`` (N·K unknowns), ``"primal"`` (P unknowns), ``"lsmr"``, ``"svd"`` or
             ``"auto"``, which takes the smaller space.
-        preconditioner, tol, max_iter, callback
-            As in :func:`jacpot.solve`.
+        preconditioner
+            As in :func:`jacpot.solve`, an object of `jacpot.tangent.preconditioners`, or
+            ``"auto"``, ``"trace"`` or ``"kronecker"``.
+        tol, max_iter, callback
+            As in :func:`jacpot.solve`; for losses but the squared one of Newton's method, where
+            the residual is the norm of the gradient relative to its first.
         progress
             Show a progress bar.
+        weights
+            Non-negative weights of the examples, (N,).
+        ridges
+            What to choose the ridge from; by default 40 over the range of the kernel's spectrum.
+        validation
+            ``(x, y)`` for ``ridge="validation"``.
+        batch_size
+            Hold the factors of this many examples at a time and make them again for every
+            product; by default all are held.
+        warm_start
+            Start from the Δ there is (squared loss: in the dual after a fit of the same number of
+            examples, or in the primal).
 
         Returns
         -------
-        Solution
-            ``x`` is Δ in one vector; `delta` is set from it, also when it did not converge.
+        Fit
+            A `Solution` whose ``x`` is Δ in one vector; `delta` is set from it, also when it did
+            not converge.
 
         Raises
         ------
@@ -164,29 +193,78 @@ class LinearizedModule(nn.Module):
         >>> solution.converged, bool((lin(x) - y).abs().max() < 0.2)
         (True, True)
         """
-        if loss not in LOSSES:
-            raise ValueError(f"argument 'loss' must be one of {LOSSES}, got {loss!r}")
+        chosen = get_loss(loss)
+        name = loss if isinstance(loss, str) else type(loss).__name__
+        capture = functools.partial(jacobian, self.base, mask=self.mask or None)
+        columns = capture(x)
+        targets = chosen.check(y, columns.outputs)
+        operator = JacobianOperator(columns.blocks, columns.n_examples, columns.n_outputs)
+        if batch_size is not None and len(x):
+            operator = StreamedJacobian(capture, x, batch_size)
+        root = _checked_weights(weights, len(x))
+        residual = torch.zeros_like(columns.outputs, dtype=torch.float64)
+        if name == "mse":
+            residual = targets - columns.outputs.double()
+            if root is not None:
+                operator, residual = operator.weighted(root), residual * root[:, None]
+        elif root is not None:
+            chosen = Weighted(chosen, root.square())
+        problem = Problem(columns, capture, operator, residual, 0.0, name)
+        if isinstance(ridge, str):
+            ridge = _choose_ridge(problem, ridge, ridges, validation)
         if not (ridge >= 0 and ridge < float("inf")):
             raise ValueError(f"argument 'ridge' must be finite and at least 0, got {ridge}")
-        j = jacobian(self.base, x, mask=self.mask or None)
-        targets = _checked_targets(y, j.outputs)
-        operator = JacobianOperator(j.blocks, j.n_examples, j.n_outputs)
-        residual = targets.double() - j.outputs.double()
+        problem = dataclasses.replace(problem, ridge=ridge)
+        start = self._start(problem) if warm_start else None
         with observing(callback, progress, tol) as observe:
             try:
-                solution = fit_squared(
-                    operator, residual, ridge, method, preconditioner, tol, max_iter, observe
-                )
+                if name == "mse":
+                    solution = fit_squared(
+                        operator,
+                        residual,
+                        ridge,
+                        method,
+                        preconditioner,
+                        tol,
+                        max_iter,
+                        observe,
+                        start,
+                    )
+                else:
+                    if ridge == 0:
+                        raise ValueError(f"argument 'ridge' must be above 0 for loss {name!r}")
+                    solution = fit_convex(
+                        operator,
+                        columns.outputs.double(),
+                        targets,
+                        chosen,
+                        ridge,
+                        method,
+                        named(preconditioner),
+                        tol,
+                        max_iter,
+                        observe,
+                        start,
+                    )
             except Interrupted as stop:
-                raise Interrupted(self._accept(j, stop.solution)) from None
-        return self._accept(j, solution)
+                raise Interrupted(self._accept(problem, stop.solution)) from None
+        return self._accept(problem, solution)
 
-    def _accept(self, j: Jacobian, solution: Solution) -> Solution:
-        """Set Δ from a solution whose x is in the order of the blocks; give it in that of J."""
-        parts = torch.split(solution.x, [block.n_parameters for block in j.blocks])
-        x = j.from_blocks(parts) if parts else solution.x
-        self.set_delta(j.unflatten(x.to(j.dtype)))
-        return dataclasses.replace(solution, x=x)
+    def _accept(self, problem: Problem, solution: Solution) -> Fit:
+        """Set Δ from a solution whose x is in the order of the blocks."""
+        self.set_delta(problem.delta(solution.x))
+        values = {f.name: getattr(solution, f.name) for f in dataclasses.fields(Solution)}
+        values["x"] = problem.flat(solution.x)
+        return Fit(**values, ridge=problem.ridge, problem=problem)
+
+    def _start(self, problem: Problem) -> Tensor:
+        """Give the present Δ in the order of the blocks."""
+        columns = problem.columns
+        flat = columns.flatten(
+            {name: value.to(columns.dtype) for name, value in self.delta.items()}
+        )
+        parts = columns.to_blocks(flat)
+        return torch.cat(parts).double() if parts else flat.double()
 
 
 def linearize(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> LinearizedModule:
@@ -254,21 +332,35 @@ def _checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[
     return out
 
 
-def _checked_targets(y: Tensor, outputs: Tensor) -> Tensor:
-    if not isinstance(y, Tensor):
-        raise TypeError(f"argument 'y' must be a tensor, got {type(y).__name__}")
-    if y.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"argument 'y' must be float32 or float64 for loss 'mse', got {y.dtype}; "
-            "labels become targets by torch.nn.functional.one_hot(y).float()"
-        )
-    if y.ndim == 1 and outputs.shape[1] == 1:
-        y = y[:, None]
-    if y.shape != outputs.shape:
+def _checked_weights(weights: Tensor | None, n: int) -> Tensor | None:
+    """Roots of the examples' weights, float64."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.shape != (n,):
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"argument 'weights' must be a tensor of shape ({n},), got {got}")
+    if not (torch.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("argument 'weights' must be finite and at least 0")
+    return weights.detach().double().sqrt()
+
+
+def _choose_ridge(
+    problem: Problem,
+    criterion: str,
+    ridges: Sequence[float] | None,
+    validation: tuple[Tensor, Tensor] | None,
+) -> float:
+    if problem.loss != "mse":
+        raise ValueError("argument 'ridge' must be a number for losses other than 'mse'")
+    spectrum = Spectrum(problem.jacobian, problem.residual.reshape(-1))
+    if criterion in ("gcv", "loo", "evidence"):
+        return spectrum.best(criterion, ridges, problem.jacobian.n_outputs)
+    if criterion != "validation":
         raise ValueError(
-            f"argument 'y' must have shape {tuple(outputs.shape)} like the outputs, "
-            f"got {tuple(y.shape)}"
+            "argument 'ridge' must be a number, 'gcv', 'loo', 'evidence' or 'validation', "
+            f"got {criterion!r}"
         )
-    if not torch.isfinite(y).all():
-        raise ValueError("argument 'y' must be finite, got NaN or infinity")
-    return y.detach()
+    if validation is None:
+        raise ValueError("argument 'validation' must be (x, y) for ridge='validation'")
+    candidates = spectrum.grid().tolist() if ridges is None else [float(r) for r in ridges]
+    return min(candidates, key=validation_error(problem, spectrum.dual, *validation))

@@ -40,6 +40,20 @@ def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
     return dataclasses.replace(block, rows=block.rows[examples].to(dtype))
 
 
+def mixed_blocks(blocks: Sequence[Block], matrix: Tensor) -> list[Block]:
+    """Blocks of ``Mᵀ J`` for a matrix M (N, K, K) of each example's own."""
+    out: list[Block] = []
+    for block in blocks:
+        mix = matrix.to(block.dtype)
+        if isinstance(block, Factors):
+            n, k = block.signals.shape[:2]
+            signals = (mix.mT @ block.signals.reshape(n, k, -1)).reshape(block.signals.shape)
+            out.append(dataclasses.replace(block, signals=signals))
+        else:
+            out.append(dataclasses.replace(block, rows=mix.mT @ block.rows))
+    return out
+
+
 class JacobianOperator(LinearOperator):
     """J as a matrix (N·K, P), in the dtype of its blocks or in another.
 
@@ -66,6 +80,19 @@ class JacobianOperator(LinearOperator):
         self.shape = (n_examples * n_outputs, sum(self.sizes))
         self.own_dtype = blocks[0].dtype if blocks else torch.float64
         self.dtype = dtype or self.own_dtype
+
+    def at(self, examples: Tensor) -> list[Block]:
+        """Give the blocks of some examples, in this operator's dtype."""
+        return [_at(block, examples, self.dtype) for block in self.blocks]
+
+    def mixed(self, matrix: Tensor) -> JacobianOperator:
+        """``Mᵀ J`` with its own matrix M (N, K, K) for each example: signals are mixed, no more."""
+        blocks = mixed_blocks(self.blocks, matrix)
+        return JacobianOperator(blocks, self.n_examples, self.n_outputs, self.dtype)
+
+    def weighted(self, weights: Tensor) -> JacobianOperator:
+        """J with the rows of each example times its weight (N,)."""
+        return self.mixed(torch.diag_embed(weights[:, None].expand(-1, self.n_outputs)))
 
     def slices(self) -> Iterator[tuple[int, int, list[Block]]]:
         """Give the examples in slices, ``(begin, end, blocks)``, in this operator's dtype."""
@@ -145,9 +172,9 @@ class KernelOperator(LinearOperator):
             return torch.zeros(self.shape[0], len(indices), dtype=self.dtype)
         k = self.jacobian.n_outputs
         examples, inverse = torch.unique(indices // k, return_inverse=True)
+        chosen = self.jacobian.at(examples)
         parts = []
         for _, _, blocks in self.jacobian.slices():
-            chosen = [_at(block, examples, self.dtype) for block in self.jacobian.blocks]
             parts.append(gram(blocks, chosen))
         columns = torch.cat(parts).reshape(self.shape[0], -1)
         at = inverse * k + indices % k

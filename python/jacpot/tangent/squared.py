@@ -18,7 +18,7 @@ from jacpot.linalg import Interrupted, Solution, Status, solve
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 from jacpot.tangent.preconditioners import Auto, Kronecker, TraceKernel
 
-__all__ = ["METHODS", "fit_squared"]
+__all__ = ["METHODS", "fit_squared", "named"]
 
 NAMED = {"auto": Auto(), "trace": TraceKernel(), "kronecker": Kronecker()}
 
@@ -38,6 +38,7 @@ def fit_squared(
     tol: float = 1e-6,
     max_iter: int | None = None,
     callback: Callable[[int, float, float], Any] | None = None,
+    start: Tensor | None = None,
 ) -> Solution:
     """Solve for Δ.
 
@@ -54,6 +55,8 @@ def fit_squared(
     preconditioner
         As in :func:`jacpot.solve`, an object of `jacpot.tangent.preconditioners`, or the name of
         one: ``"auto"``, ``"trace"`` (dual) or ``"kronecker"`` (primal).
+    start
+        First Δ (P,), or None.
     tol, max_iter, callback
         As in :func:`jacpot.solve`.
 
@@ -68,19 +71,28 @@ def fit_squared(
     if method == "svd":
         return _least_norm(jacobian, r, ridge, tol)
     if method == "lsmr":
-        return solve(jacobian, r, damping=ridge, method="lsmr", **options)
-    if isinstance(preconditioner, str) and preconditioner in NAMED:
-        preconditioner = NAMED[preconditioner]
-    options["preconditioner"] = preconditioner
+        return solve(jacobian, r, damping=ridge, method="lsmr", x0=start, **options)
+    options["preconditioner"] = named(preconditioner)
     if method == "primal":
-        exact = jacobian.double()
-        rhs = exact.T @ r
-        return solve(GaussNewtonOperator(jacobian), rhs, damping=ridge, method="cg", **options)
+        rhs = jacobian.double().T @ r
+        matrix = GaussNewtonOperator(jacobian)
+        return solve(matrix, rhs, damping=ridge, method="cg", x0=start, **options)
+    if start is not None:
+        # At the solution α = (r - J Δ) / ridge.
+        start = (r - jacobian.double() @ start) / ridge
+    kernel = KernelOperator(jacobian)
     try:
-        solution = solve(KernelOperator(jacobian), r, damping=ridge, method="cg", **options)
+        solution = solve(kernel, r, damping=ridge, method="cg", x0=start, **options)
     except Interrupted as stop:
         raise Interrupted(_from_dual(jacobian, stop.solution)) from None
     return _from_dual(jacobian, solution)
+
+
+def named(preconditioner: Any) -> Any:
+    """Look up the names that only tangent fits have."""
+    if isinstance(preconditioner, str) and preconditioner in NAMED:
+        return NAMED[preconditioner]
+    return preconditioner
 
 
 def _from_dual(jacobian: JacobianOperator, solution: Solution) -> Solution:

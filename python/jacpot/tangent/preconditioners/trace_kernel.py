@@ -11,7 +11,7 @@ from jacpot.linalg import LinearOperator
 from jacpot.linalg.preconditioners import Preconditioner, Prepared
 from jacpot.linalg.preconditioners.nystrom import Nystrom
 from jacpot.ops.jacobian import gram
-from jacpot.tangent.operators import KernelOperator
+from jacpot.tangent.operators import JacobianOperator, KernelOperator
 
 __all__ = ["TraceKernel"]
 
@@ -50,7 +50,7 @@ class TraceKernel(Preconditioner):
             return Prepared(None, "none")
         jacobian = operator.jacobian
         k = jacobian.n_outputs
-        kernel = gram(jacobian.blocks, outputs="trace").div_(k)
+        kernel = _trace(jacobian).div_(k)
         weights, directions = torch.ones(1, dtype=kernel.dtype), None
         if self.coupled and k > 1:
             weights, directions = _output_covariance(operator)
@@ -61,6 +61,20 @@ class TraceKernel(Preconditioner):
             inverse = _with_coarse_space(inverse, operator, damping, self.coarse, self.seed)
             text += f" + coarse space of {self.coarse}"
         return Prepared(inverse, text)
+
+
+def _trace(jacobian: JacobianOperator) -> Tensor:
+    n = jacobian.n_examples
+    out = torch.empty(n, n, dtype=jacobian.dtype)
+    for begin, end, left in jacobian.slices():
+        if end - begin == n:
+            return gram(left, outputs="trace")  # type: ignore[no-any-return]
+        for first, last, right in jacobian.slices():
+            if last <= end:
+                tile = gram(left, right, outputs="trace")
+                out[begin:end, first:last] = tile
+                out[first:last, begin:end] = tile.T
+    return out
 
 
 def _cholesky(kernel: Tensor, weight: float, damping: float) -> Tensor:

@@ -1,0 +1,71 @@
+"""A Jacobian whose factors are made again, batch by batch, whenever they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from jacpot.ops.jacobian import Block
+from jacpot.tangent.jacobian import Jacobian
+from jacpot.tangent.operators import JacobianOperator, _at, mixed_blocks
+
+__all__ = ["StreamedJacobian"]
+
+
+class StreamedJacobian(JacobianOperator):
+    """J in a batch's worth of memory, at the cost of a pass through the network a product.
+
+    Parameters
+    ----------
+    capture
+        Gives the Jacobian at some inputs.
+    x
+        Inputs (N, ...).
+    batch_size
+        Examples whose factors are held at once.
+    mix
+        M (N, K, K) for ``Mᵀ J``; None for J.
+    dtype
+        What products are computed in; by default the network's own.
+    """
+
+    def __init__(
+        self,
+        capture: Callable[[Tensor], Jacobian],
+        x: Tensor,
+        batch_size: int,
+        mix: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
+        self.capture, self.x, self.batch_size, self.mix = capture, x, batch_size, mix
+        first = capture(x[:1])
+        super().__init__(first.blocks, len(x), first.n_outputs, dtype)
+
+    def _blocks(self, examples: slice | Tensor) -> list[Block]:
+        blocks = self.capture(self.x[examples]).blocks
+        if self.mix is not None:
+            blocks = mixed_blocks(blocks, self.mix[examples])
+        return [_at(block, slice(None), self.dtype) for block in blocks]
+
+    def slices(self) -> Iterator[tuple[int, int, list[Block]]]:
+        """Give the examples batch by batch."""
+        for begin in range(0, self.n_examples, self.batch_size):
+            end = min(begin + self.batch_size, self.n_examples)
+            yield begin, end, self._blocks(slice(begin, end))
+
+    def at(self, examples: Tensor) -> list[Block]:
+        """Make the blocks of some examples."""
+        return self._blocks(examples)
+
+    def mixed(self, matrix: Tensor) -> JacobianOperator:
+        """``Mᵀ J``, as lazily."""
+        mix = matrix.double() if self.mix is None else self.mix @ matrix
+        return StreamedJacobian(self.capture, self.x, self.batch_size, mix, self.dtype)
+
+    def double(self) -> JacobianOperator:
+        """J with products in float64."""
+        return StreamedJacobian(self.capture, self.x, self.batch_size, self.mix, torch.float64)
