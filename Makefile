@@ -79,7 +79,7 @@ stub: $(VENV)/installed  ## write python/jacpot/_core.pyi anew from the extensio
 	$(BIN)/python tools/make_stub.py
 
 docs: $(VENV)/installed  ## run every example of the documentation
-	$(BIN)/python -m pytest tests/test_docs.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py $(PYTEST_ARGS)
 
 clean:  ## remove what the other targets made
 	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
