@@ -8,7 +8,7 @@ from jacpot import tickets
 from jacpot.reference.subset_sum import subset_sum as every_subset
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 12),
     st.integers(0, 20),

@@ -37,7 +37,7 @@ def test_include_and_exclude_patterns():
         Mask.ones(net, exclude="conv*")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(masks())
 def test_algebra(mask):
     assert ~~mask == mask
@@ -48,7 +48,7 @@ def test_algebra(mask):
     assert mask.shuffle(3).densities == mask.densities
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(masks())
 def test_save_and_load(tmp_path_factory, mask):
     path = tmp_path_factory.mktemp("mask") / "mask.safetensors"

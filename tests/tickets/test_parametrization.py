@@ -166,6 +166,30 @@ def test_tied_parameters_are_masked_everywhere():
     assert net[0].weight is net[1].weight
 
 
+def test_recurrent_layers_are_refused_not_ignored():
+    layer = nn.LSTM(3, 4)
+    mask = ~Mask.ones(layer)
+    with pytest.raises(ValueError, match="belongs to a recurrent layer"):
+        tickets.apply(layer, mask)
+    with pytest.raises(ValueError, match="belongs to a recurrent layer"):
+        tickets.score.magnitude(layer)
+    cell = nn.LSTMCell(3, 4, bias=False)
+    with tickets.applied(cell, ~Mask.ones(cell)):
+        assert (cell(torch.randn(2, 3))[0] == 0).all()
+
+
+def test_attention_reads_its_masked_weights_also_on_the_fast_path():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    mask = Mask({n: torch.rand(m.shape) < 0.3 for n, m in Mask.ones(layer).items()})
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        with tickets.applied(layer, mask):
+            masked = layer(x)
+        tickets.bake(tickets.apply(layer, mask))
+        assert torch.equal(layer(x), masked)
+
+
 def test_pruned_nan_is_zero():
     layer = nn.Linear(2, 2)
     with torch.no_grad():

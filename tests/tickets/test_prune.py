@@ -22,7 +22,7 @@ def scores(draw, levels=4):
     }
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(scores(), st.floats(0, 1), st.sampled_from(SCOPES))
 def test_the_count_is_exact(scores, density, scope):
     mask = tickets.prune(scores, density, scope, allow_empty=True)
@@ -31,7 +31,7 @@ def test_the_count_is_exact(scores, density, scope):
     assert {n: m.shape for n, m in mask.items()} == {n: s.shape for n, s in scores.items()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores(), st.floats(0.05, 1))
 def test_global_keeps_the_best_and_the_first_of_equals(scores, density):
     mask = tickets.prune(scores, density, allow_empty=True)
@@ -41,7 +41,7 @@ def test_global_keeps_the_best_and_the_first_of_equals(scores, density):
     assert set(kept.nonzero().flatten().tolist()) == set(ranked[: mask.nnz])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores(), scores(), st.floats(0, 1), st.floats(0, 1), st.sampled_from(SCOPES))
 def test_within_nests(scores, others, high, low, scope):
     low, high = sorted((low, high))

@@ -143,7 +143,7 @@ def test_grasp_is_theta_times_hessian_gradient():
     assert (expected > 0).any()  # so thresholding |score| would be something else
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 1000))
 def test_grasp_sums_to_the_squared_gradient_for_a_quadratic(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +164,7 @@ def test_grasp_of_a_linear_loss_is_zero():
     assert (scores["weight"] == 0).all()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_synflow_layer_sums_are_equal_and_invariant_to_rescaling(seed, factor):
     torch.manual_seed(seed)

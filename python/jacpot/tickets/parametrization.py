@@ -195,4 +195,10 @@ def checked_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> Mask:
                 f"argument 'mask': {name!r} must have shape {tuple(parameters[name].shape)}, "
                 f"got {tuple(kept.shape)}"
             )
+        if any(isinstance(child, nn.RNNBase) for child, _ in owners(module, parameters[name])):
+            # They keep a list of their weights from which forward reads: a mask would be ignored.
+            raise ValueError(
+                f"argument 'mask': {name!r} belongs to a recurrent layer, which reads its weights "
+                "past any parametrization; use the cells (nn.LSTMCell, nn.GRUCell) instead"
+            )
     return checked

@@ -22,7 +22,7 @@ Transform = Callable[[str, Tensor], Tensor]
 def scored_parameters(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The scored parameters at the masked weights: detached, and no views of the parameters."""
     parameters = named_parameters(module)
-    chosen = Mask.ones(module) if mask is None else checked_mask(module, mask)
+    chosen = checked_mask(module, Mask.ones(module) if mask is None else mask)
     return {
         name: torch.where(kept.to(parameters[name].device), parameters[name].detach(), 0)
         for name, kept in chosen.items()
