@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from jacpot.tickets._files import read_tensors, write_atomically, write_tensors
@@ -41,6 +42,7 @@ def imp(
     score: Score = magnitude,
     seed: int = 0,
     on_round: Callable[[Round], None] | None = None,
+    progress: bool = False,
 ) -> Tickets:
     """Search a lottery ticket by iterative magnitude pruning.
 
@@ -86,7 +88,9 @@ def imp(
     seed
         Of the training rounds.
     on_round
-        Called with each :class:`Round` when it is done or found done, to log or show progress.
+        Called with each :class:`Round` when it is done or found done.
+    progress
+        Show a progress bar.
 
     Returns
     -------
@@ -134,7 +138,7 @@ def imp(
         _claim(store, settings)
     start = _start(module, train, rewind, seed, store)
     found = Tickets(start, [])
-    for index in range(rounds + 1):
+    for index in track(range(rounds + 1), "rounds", disable=not progress):
         path = None if store is None else store / f"round-{index:03d}.safetensors"
         if path is not None and path.exists():
             done = Round.load(index, path)
