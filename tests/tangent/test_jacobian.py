@@ -1,5 +1,6 @@
 import copy
 
+import numpy
 import pytest
 import torch
 from oracle import dense, relative_error
@@ -177,6 +178,22 @@ def test_autocast_is_off_inside():
     expected = jacpot.jacobian(net, x).dense()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(jacpot.jacobian(net, x).dense(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scipy(dtype):
+    net = cnn(dtype)
+    J = jacpot.jacobian(net, examples(cnn, 5, dtype), mask=some_mask(net))
+    operator, rows = J.to_scipy(), J.dense().flatten(0, 1).numpy()
+    assert operator.shape == J.shape
+    assert operator.dtype == rows.dtype
+    v, u = numpy.random.default_rng(0), numpy.random.default_rng(1)
+    v, u = v.normal(size=(J.shape[1], 3)), u.normal(size=(J.shape[0], 3))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10}
+    numpy.testing.assert_allclose(operator @ v, rows @ v, **tolerance)
+    numpy.testing.assert_allclose(operator @ v[:, 0], rows @ v[:, 0], **tolerance)
+    numpy.testing.assert_allclose(operator.T @ u, rows.T @ u, **tolerance)
+    numpy.testing.assert_allclose(operator.T @ u[:, 0], rows.T @ u[:, 0], **tolerance)
 
 
 class Mixer(nn.Module):

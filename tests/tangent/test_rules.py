@@ -12,6 +12,7 @@ from torch import nn
 
 import jacpot
 from jacpot.ops.jacobian import Factors
+from jacpot.tangent.rules import RULES, Outer
 
 
 class Of(nn.Module):
@@ -92,6 +93,11 @@ COVERED = {
         randn(4, 2, 5, 5)),
     "functional": lambda: (Of(lambda m, x: F.linear(x.tanh(), m.w, m.b), w=randn(2, 6),
                               b=randn(2)), randn(4, 6)),
+    "matmul": lambda: (Of(lambda m, x: torch.matmul(x @ m.w, m.v), w=randn(6, 2), v=randn(2, 3)),
+                       randn(4, 6)),
+    "addmm": lambda: (
+        Of(lambda m, x: torch.addmm(m.b, x.view(-1, 6), m.w).view(len(x), -1).tanh(),
+           w=randn(6, 2), b=randn(2)), randn(4, 3, 6)),
     "tied": lambda: (tied(), tokens(4, 5)),
     "several inputs": lambda: (Of(lambda m, x, y: m.a(x) * m.b(y).sin(), a=linear(), b=linear()),
                                (randn(4, 6), randn(4, 6))),
@@ -173,6 +179,41 @@ def test_a_layer_without_rule_is_announced_once(monkeypatch):
     with pytest.warns(UserWarning, match=r"PReLU.*'1'.*register_layer_rule"):
         jacpot.jacobian(net, x)
     jacpot.jacobian(net, x)  # warnings are errors here
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(randn(2, 6)), nn.Parameter(randn(6, 2))
+
+    def forward(self, x, *, sign=1):
+        return sign * x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_rule_of_a_module_class(masked):
+    def rule(signals, layer, x, *, sign=1):
+        x, signals = sign * x[:, None, None], signals[:, :, None, None]
+        return {
+            "down": Outer(x, signals @ layer.up),
+            "up": Outer(x @ layer.down.T, signals),
+        }
+
+    layer = LowRank()
+    net = Of(lambda m, x: m.c(m.b(m.a(x).tanh(), sign=-1)), a=linear(), b=layer, c=linear(6, 2))
+    net.double()
+    x, before = randn(4, 6), dict(vars(layer))
+    mask = {"b.up": torch.rand(6, 2) < 0.5, "c.weight": torch.rand(2, 6) < 0.5} if masked else None
+    jacpot.register_layer_rule(LowRank)(rule)
+    try:
+        J = jacpot.jacobian(net, x, mask=mask)
+    finally:
+        del RULES[LowRank]
+    assert all(isinstance(block, Factors) for block in J.blocks)
+    assert relative_error(J.dense(), dense(net, x, mask)) < 1e-10
+    assert vars(layer) == before
+    with pytest.raises(TypeError, match="sees"):
+        jacpot.register_layer_rule(LowRank)(lambda signals, layer: {})
 
 
 def test_equal_layers_are_one_block():

@@ -151,8 +151,7 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
     recorder = Recorder(network, covered)
     for leaf in leaves.values():
         leaf.requires_grad_()
-    with recorder:
-        outputs = network(x, targets, leaves)
+    outputs = recorder.run(x, targets, leaves)
     for call in recorder.calls:
         if call.input._version != call.version:
             raise RuntimeError(
@@ -171,7 +170,7 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
         elif axis:
             given = given.movedim(axis, 0)
             arrived = None if signal is None else signal.movedim(axis + 1, 1)
-        seen.append(Seen(call, {call.first: given}, arrived))
+        seen.append(Seen(call, {call.rule.input: given}, arrived))
     rows = dict(zip(leaves, found[len(edges) :], strict=True))
     rows = {name: None if r is None else r[:, None] for name, r in rows.items()}
     return _finish(outputs, seen, rows, Fold(n, keep))
@@ -192,8 +191,8 @@ def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Capture
     n = n_examples(x)
     covered = {key: p for key, p in network.parameters.items() if key not in probed.uncovered}
     dry = Recorder(network, covered)
-    with torch.no_grad(), dry:
-        network(take(x, slice(1)), take(targets, slice(1)))
+    with torch.no_grad():
+        dry.run(take(x, slice(1)), take(targets, slice(1)))
     zero = torch.zeros((), dtype=network.dtype, device=network.device)
     taps = [zero.expand(n, *call.shape).requires_grad_() for call in dry.calls]
     copies = {
@@ -205,18 +204,18 @@ def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Capture
     def one(example: Any, target: Any, taps: Any, copies: Any) -> Any:
         recorder = Recorder(network, covered, taps)
         ahead = iter([*example, *target])
-        with recorder:
-            f = network(
-                over_tensors(x, lambda _: next(ahead).unsqueeze(0)),
-                over_tensors(targets, lambda _: next(ahead).unsqueeze(0)),
-                copies,
-            )
+        f = recorder.run(
+            over_tensors(x, lambda _: next(ahead).unsqueeze(0)),
+            over_tensors(targets, lambda _: next(ahead).unsqueeze(0)),
+            copies,
+        )
         calls[:] = recorder.calls
         mapped = [
             {
                 name: value
-                for j, (name, value) in enumerate(call.arguments.items())
-                if isinstance(value, Tensor) and (j == 0 or is_batchedtensor(value))
+                for name, value in call.arguments.items()
+                if isinstance(value, Tensor)
+                and (name == call.rule.input or is_batchedtensor(value))
             }
             for call in calls
         ]
@@ -255,7 +254,7 @@ def _finish(
             continue
         arrived = seen.signals.transpose(0, 1)
         arguments = {**seen.call.arguments, **seen.given}
-        _check_finite(seen.call, arguments[seen.call.first], "input")
+        _check_finite(seen.call, arguments[seen.call.rule.input], "input")
         _check_finite(seen.call, arrived, "signal")
         shares = seen.call.rule.function(arrived, **arguments)
         for argument, name in seen.call.parameters.items():

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import scipy.sparse.linalg
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jacpot.ops import jacobian as kernels
@@ -253,6 +255,35 @@ class Jacobian:
             ``J S`` with ``E[S Sᵀ] = I``.
         """
         return kernels.sketch(self.blocks or [self._nothing()], dim, seed)  # type: ignore[no-any-return]
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """Give J as a SciPy operator ``(N·K, P)`` on NumPy arrays.
+
+        Examples
+        --------
+        >>> import numpy, torch, jacpot, scipy.sparse.linalg
+        >>> net, x = torch.nn.Linear(2, 1).double(), torch.eye(2).double()
+        >>> J = jacpot.jacobian(net, x).to_scipy()
+        >>> scipy.sparse.linalg.lsmr(J, numpy.ones(2))[0].round(3)
+        array([0.333, 0.333, 0.667])
+        """
+
+        def forward(v: NDArray[Any]) -> NDArray[Any]:
+            product = self @ torch.as_tensor(v).to(self.dtype)
+            return product.reshape(self.shape[0], *v.shape[1:]).numpy()
+
+        def backward(u: NDArray[Any]) -> NDArray[Any]:
+            columns = torch.as_tensor(u).to(self.dtype)
+            return (self.T @ columns.reshape(*self.outputs.shape, *u.shape[1:])).numpy()
+
+        return scipy.sparse.linalg.LinearOperator(
+            self.shape,
+            matvec=forward,
+            rmatvec=backward,
+            matmat=forward,
+            rmatmat=backward,
+            dtype=self.outputs.new_empty(0).numpy().dtype,
+        )
 
 
 class JacobianTranspose:

@@ -100,24 +100,24 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
         If an example's output depends on the other examples, or on chance.
     """
     n = n_examples(x)
-    size = 2 if n == 3 else 3  # not n, so that axes that count examples differ from the real run
+    size = 4 if n == 3 else 3  # not n, so that axes that count examples differ from the real run
     leaves = {name: value.detach().requires_grad_() for name, value in network.parameters.items()}
 
-    def run(rows: list[int]) -> Tensor:
+    def batch(rows: list[int]) -> tuple[Any, Any]:
         if n == 0:
-            return network(stand_in(x, size), stand_in(targets, size), leaves)
+            return stand_in(x, size), stand_in(targets, size)
         index = torch.tensor(rows) % n
-        return network(take(x, index), take(targets, index), leaves)
+        return take(x, index), take(targets, index)
 
     recorder = Recorder(network, leaves)
-    with recorder:
-        outputs = run(list(range(size)))
+    outputs = recorder.run(*batch(list(range(size))), leaves)
     k = outputs.shape[1]
     if k == 0:
         raise ValueError("the module's output must have at least one element per example, got none")
-    with torch.no_grad():
-        for row in range(2):
-            _check_alone(outputs[row], run([row] * size)[row])
+    with torch.no_grad():  # the first and the last again, among others
+        again = network(*batch([0] * (size - 1) + [size - 1]))
+    for row in (0, size - 1):
+        _check_alone(outputs[row], again[row])
     # Outputs of the first two examples, weighted so that no symmetry of a network (a softmax's
     # sum) hides a use.
     weights = torch.cos(torch.arange(1.0, k + 1, dtype=outputs.dtype, device=outputs.device))
@@ -139,7 +139,7 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
 
 
 def _check_alone(output: Tensor, again: Tensor) -> None:
-    """Compare an example's output with that among copies of itself: the same sums, bit for bit."""
+    """Compare an example's output with that among other examples: the same sums, bit for bit."""
     tolerance = 64 * torch.finfo(output.dtype).eps * (output.abs().max() + 1)
     if ((again - output).abs() > tolerance).any():
         raise ValueError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from jacpot.tangent.network import Network
+from jacpot.tangent.network import Inputs, Network
 from jacpot.tangent.rules import RULES, LayerRule
 
 __all__ = ["Call", "Recorder"]
@@ -38,7 +39,7 @@ class Call:
     shape
         The result's shape.
     version
-        How often the first argument had been written to.
+        How often what the layer saw had been written to.
     """
 
     rule: LayerRule
@@ -49,14 +50,9 @@ class Call:
     version: int
 
     @property
-    def first(self) -> str:
-        """Name of the first argument, what the layer sees."""
-        return next(iter(self.arguments))
-
-    @property
     def input(self) -> Tensor:
-        """The first argument."""
-        tensor: Tensor = self.arguments[self.first]
+        """What the layer saw."""
+        tensor: Tensor = self.arguments[self.rule.input]
         return tensor
 
     @property
@@ -89,11 +85,36 @@ class Recorder(TorchFunctionMode):
         self.network, self.taps = network, taps
         self.names = {id(tensor): name for name, tensor in parameters.items()}
         self.calls: list[Call] = []
+        self._inside_module = False
+
+    def run(
+        self, x: Inputs, targets: Any = None, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Evaluate the network ``(N, ...) -> (N, K)``, and record.
+
+        Parameters
+        ----------
+        x, targets
+            The examples.
+        parameters
+            Tensors by name to put in the place of the network's.
+        """
+        overridden = [m for m in self.network.module.modules() if type(m) in RULES]
+        for module in overridden:  # in the instance, until the end of this run
+            module.forward = partial(self._forward, RULES[type(module)], module)
+        try:
+            with self:
+                return self.network(x, targets, parameters)
+        finally:
+            for module in overridden:
+                del module.forward
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._inside_module:
+            return func(*args, **kwargs)
         if func in COMPOSITES:
             with self:
                 return _transparent(func)(*args, **kwargs)
@@ -107,31 +128,71 @@ class Recorder(TorchFunctionMode):
             for argument in rule.parameters
             if id(arguments.get(argument)) in self.names
         }
-        first = next(iter(arguments.values()))
-        if (
-            not parameters
-            or id(first) in self.names
-            or not (rule.when is None or rule.when(**arguments))
-        ):
+        if not self._applies(rule, arguments, parameters):
             return func(*args, **kwargs)
-        if not rule.integer_input and first.dtype != self.network.dtype:
-            layer = next(iter(parameters.values())).rpartition(".")[0]
-            raise TypeError(
-                f"argument 'x' must lead to {self.network.dtype} inputs of layer {layer!r} like "
-                f"its parameters, got {first.dtype}"
-            )
         # The graph does not lead to parameters where a rule holds: an edge to one is then a use
         # of it that no rule covers, and no gradient of a weight is ever computed.
         ruled = {id(arguments[a]): self.network.parameters[name] for a, name in parameters.items()}
-        result: Tensor = func(
+        result = func(
             *(ruled.get(id(value), value) for value in args),
             **{key: ruled.get(id(value), value) for key, value in kwargs.items()},
         )
+        return self._record(rule, arguments, parameters, result)
+
+    def _forward(self, rule: LayerRule, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call a module that has a rule of its own."""
+        forward = type(module).forward
+        parameters = {
+            name: self.names[id(value)]
+            for name, value in module._parameters.items()
+            if id(value) in self.names
+        }
+        fixed = copy.copy(module)  # the same module with parameters that the graph does not reach
+        del fixed.forward
+        vars(fixed)["_parameters"] = {
+            name: self.network.parameters[parameters[name]] if name in parameters else value
+            for name, value in module._parameters.items()
+        }
+        arguments = dict(rule.signature.bind(None, fixed, *args, **kwargs).arguments)
+        del arguments[rule.signals]
+        if not self._applies(rule, arguments, parameters):
+            return forward(module, *args, **kwargs)
+        self._inside_module = True
+        try:
+            result = forward(fixed, *args, **kwargs)
+        finally:
+            self._inside_module = False
+        return self._record(rule, arguments, parameters, result)
+
+    def _applies(
+        self, rule: LayerRule, arguments: dict[str, Any], parameters: Mapping[str, str]
+    ) -> bool:
+        """Whether the rule holds for this call, which has parameters of the network."""
+        seen = arguments[rule.input]
+        if not parameters or id(seen) in self.names:
+            return False
+        if rule.when is not None and not rule.when(**arguments):
+            return False
+        if not rule.integer_input and seen.dtype != self.network.dtype:
+            layer = next(iter(parameters.values())).rpartition(".")[0]
+            raise TypeError(
+                f"argument 'x' must lead to {self.network.dtype} inputs of layer {layer!r} like "
+                f"its parameters, got {seen.dtype}"
+            )
+        return True
+
+    def _record(
+        self,
+        rule: LayerRule,
+        arguments: dict[str, Any],
+        parameters: dict[str, str],
+        result: Tensor,
+    ) -> Tensor:
         shape, version = result.shape, 0
         if self.taps is not None:
             result = result + self.taps[len(self.calls)]
         else:
-            version = first._version
+            version = arguments[rule.input]._version
             if not result.requires_grad:  # no leaf may come out: the network may write to it
                 result = result.requires_grad_().clone()
         edge = get_gradient_edge(result) if result.requires_grad else None

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from jacpot.tangent.rules.terms import Term
 
 __all__ = ["RULES", "LayerRule", "register_layer_rule"]
@@ -16,18 +18,25 @@ RuleFunction = Callable[..., Mapping[str, Term]]
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A rule with what the capture has to know of it; see :func:`register_layer_rule`."""
+    """A rule with what the capture has to know of it; see :func:`register_layer_rule`.
+
+    Attributes
+    ----------
+    function, signature
+        The rule, called with the signals and the arguments of the layer.
+    signals, input
+        Names of its arguments for the signals and for what the layer sees.
+    parameters
+        Names of its arguments that may be parameters of a network; of a module rule none are.
+    """
 
     function: RuleFunction
     signature: inspect.Signature
+    signals: str
+    input: str
     parameters: tuple[str, ...]
     when: Callable[..., bool] | None
     integer_input: bool
-
-    @property
-    def signals(self) -> str:
-        """Name of the rule's first argument."""
-        return next(iter(self.signature.parameters))
 
 
 RULES: dict[Any, LayerRule] = {}
@@ -44,56 +53,73 @@ def register_layer_rule(
     Parameters
     ----------
     *layers
-        Functions that networks call, such as ``torch.nn.functional.linear``.
+        Module classes, or functions that networks call with their parameters, such as
+        ``torch.nn.functional.linear``.
     parameters
-        The rule's arguments that may be parameters of a network.
+        The arguments of a function that may be parameters of a network.
     when
         Given the same arguments as the layer, tells whether the rule holds for them. Where it does
         not, the parameters' rows are found as those of a layer without rule.
     integer_input
-        Whether the layer's first argument holds integers.
+        Whether the layer sees integers.
 
     Returns
     -------
     callable
-        A decorator. The rule it takes is called as ``rule(signals, *args, **kwargs)`` with
+        A decorator. The rule that it takes is called as ``rule(signals, *args, **kwargs)`` for a
+        function and as ``rule(signals, module, *args, **kwargs)`` for a module class, with
         ``signals`` (M, K, ...), the derivatives of the K outputs by what the layer gave, and with
-        the arguments of the layer's call, the leading axis of the first one counting the M
-        instances. It returns a term for each of its ``parameters`` by the argument's name:
-        `Outer`, `Summed` or `Rows`.
+        the arguments of the layer's call; the leading axis of the first that is no parameter
+        counts the M instances. It returns a term for each parameter, by its name in the function
+        or the module: `Outer`, `Summed` or `Rows`.
+
+    Raises
+    ------
+    TypeError
+        If a layer is neither a class of modules nor callable, or the rule has no argument for what
+        the layer sees.
 
     Examples
     --------
-    A low-rank layer, whose two weights are used in one function:
-
     >>> import torch, jacpot
-    >>> from torch import Tensor
     >>> from jacpot.tangent.rules import Outer
-    >>> def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    ...     if torch.overrides.has_torch_function_variadic(x, down, up):
-    ...         return torch.overrides.handle_torch_function(low_rank, (x, down, up), x, down, up)
-    ...     return x @ down.T @ up.T
-    >>> @jacpot.register_layer_rule(low_rank, parameters=("down", "up"))
-    ... def rule(signals, x, down, up):  # signals (M, K, O), x (M, I)
-    ...     signals = signals[:, :, None, None]  # one position, one group
-    ...     return {
-    ...         "down": Outer(x[:, None, None], signals @ up),
-    ...         "up": Outer((x @ down.T)[:, None, None], signals),
-    ...     }
     >>> class LowRank(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.down, self.up = (torch.nn.Parameter(torch.ones(s)) for s in [(1, 3), (2, 1)])
+    ...         self.down = torch.nn.Parameter(torch.randn(2, 8))
+    ...         self.up = torch.nn.Parameter(torch.randn(5, 2))
     ...     def forward(self, x):
-    ...         return low_rank(x, self.down, self.up)
-    >>> jacpot.jacobian(LowRank(), torch.ones(4, 3)).blocks[0].shape  # groups, outputs, inputs
-    (1, 1, 3)
+    ...         return x @ self.down.T @ self.up.T
+    >>> @jacpot.register_layer_rule(LowRank)
+    ... def low_rank(signals, layer, x):  # signals (M, K, 5), x (M, 8)
+    ...     x, signals = x[:, None, None], signals[:, :, None, None]  # one position, one group
+    ...     return {
+    ...         "down": Outer(activations=x, signals=signals @ layer.up),
+    ...         "up": Outer(activations=x @ layer.down.T, signals=signals),
+    ...     }
+    >>> J = jacpot.jacobian(LowRank(), torch.randn(3, 8))
+    >>> [block.shape for block in J.blocks]  # groups, outputs, inputs
+    [(1, 2, 8), (1, 5, 2)]
     """
 
     def decorate(function: RuleFunction) -> RuleFunction:
-        rule = LayerRule(function, inspect.signature(function), parameters, when, integer_input)
+        signature = inspect.signature(function)
+        signals, *names = signature.parameters
         for layer in layers:
-            RULES[layer] = rule
+            if not callable(layer):
+                raise TypeError(f"a layer must be a module class or a function, got {layer!r}")
+            own = () if is_module_class(layer) else parameters
+            seen = [name for name in names[is_module_class(layer) :] if name not in own]
+            if not seen:
+                raise TypeError(f"the rule {function.__name__} takes nothing that a layer sees")
+            RULES[layer] = LayerRule(
+                function, signature, signals, seen[0], own, when, integer_input
+            )
         return function
 
     return decorate
+
+
+def is_module_class(layer: Any) -> bool:
+    """Whether this is a class of modules."""
+    return isinstance(layer, type) and issubclass(layer, nn.Module)
