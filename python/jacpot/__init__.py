@@ -1,6 +1,6 @@
 """Jacobians and lottery tickets for PyTorch: sparse products, tangent kernels, tangent solvers."""
 
-from jacpot import tickets
+from jacpot import nn, tickets
 from jacpot._backend import build_info
 from jacpot.linalg import Solution, solve
 from jacpot.ops.masked_matmul import masked_matmul
@@ -21,6 +21,7 @@ __all__ = [
     "jacobian",
     "linearize",
     "masked_matmul",
+    "nn",
     "ntk",
     "register_layer_rule",
     "solve",

@@ -11,7 +11,14 @@ import jacpot.ops.masked_matmul_cuda  # noqa: F401 - registers the CUDA side of 
 from jacpot import _backend
 from jacpot.ops.pattern import Pattern
 
-__all__ = ["compress", "expand", "masked_matmul"]
+__all__ = [
+    "compress",
+    "dense_is_faster",
+    "expand",
+    "expand_block",
+    "masked_matmul",
+    "product",
+]
 
 # Untyped in PyTorch.
 _Library: Any = torch.library.Library
@@ -221,8 +228,7 @@ def compress(weight: Tensor, pattern: Pattern) -> Tensor:
 
 def expand(values: Tensor, pattern: Pattern) -> Tensor:
     """Put ``values (nnz,)`` in place: see :meth:`Pattern.expand`."""
-    result: Tensor = _ops.expand(values.contiguous(), pattern.block, *pattern.shape)
-    return result
+    return expand_block(values, pattern.block, pattern.shape)
 
 
 def masked_matmul(
@@ -233,6 +239,7 @@ def masked_matmul(
     *,
     relu: bool = False,
     layout: str = "row",
+    method: str = "auto",
 ) -> Any:
     """Multiply activations with a sparse weight: ``x @ W.T + bias``.
 
@@ -253,6 +260,9 @@ def masked_matmul(
         How the result lies in memory: ``"row"``, or ``"feature"`` for strides of ``(1, N)``
         (with leading dimensions flattened to N). A sequence of sparse layers that keeps
         ``"feature"`` between them needs no transposes; values and shapes are the same.
+    method
+        ``"sparse"``, ``"dense"`` (expand the weight and multiply), or ``"auto"``, which takes the
+        one that a measured model expects to be faster.
 
     Returns
     -------
@@ -277,26 +287,88 @@ def masked_matmul(
     if not isinstance(x, Tensor):
         arrays = [None if a is None else torch.as_tensor(a) for a in (x, values, bias)]
         return masked_matmul(
-            arrays[0], arrays[1], pattern, arrays[2], relu=relu, layout=layout
+            arrays[0], arrays[1], pattern, arrays[2], relu=relu, layout=layout, method=method
         ).numpy()
-    out_features, in_features = pattern.shape
+    return product(
+        x,
+        values,
+        pattern.block,
+        pattern.shape,
+        pattern.nnz,
+        bias,
+        relu=relu,
+        layout=layout,
+        method=method,
+    )
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    block: Tensor,
+    shape: tuple[int, int],
+    nnz: int,
+    bias: Tensor | None,
+    *,
+    relu: bool = False,
+    layout: str = "row",
+    method: str = "auto",
+) -> Tensor:
+    """Do what :func:`masked_matmul` does, with a pattern given by its block, shape and nnz."""
+    out_features, in_features = shape
     if layout not in ("row", "feature"):
         raise ValueError(f"argument 'layout' must be 'row' or 'feature', got {layout!r}")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"argument 'x' must have shape (..., {in_features}) for a pattern of shape "
-            f"{pattern.shape}, got {tuple(x.shape)}"
+            f"{shape}, got {tuple(x.shape)}"
         )
-    if values.shape != (pattern.nnz,):
-        raise ValueError(
-            f"argument 'values' must have shape ({pattern.nnz},), got {tuple(values.shape)}"
-        )
+    if values.shape != (nnz,):
+        raise ValueError(f"argument 'values' must have shape ({nnz},), got {tuple(values.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(
             f"argument 'bias' must have shape ({out_features},), got {tuple(bias.shape)}"
         )
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
-    y = _ops.masked_matmul(
-        rows, values.contiguous(), bias, pattern.block, out_features, relu, layout == "feature"
-    )
+    feature_major = layout == "feature"
+    if _takes_dense(method, rows, nnz, shape):
+        y = _dense_product(rows, expand_block(values, block, shape), bias, relu, feature_major)
+    else:
+        y = _ops.masked_matmul(
+            rows, values.contiguous(), bias, block, out_features, relu, feature_major
+        )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def _takes_dense(method: str, x: Tensor, nnz: int, shape: tuple[int, int]) -> bool:
+    if method == "auto":
+        # On other devices the operator itself chooses.
+        return x.device.type == "cpu" and dense_is_faster(x.shape[0], shape, nnz)
+    if method not in ("sparse", "dense"):
+        raise ValueError(f"argument 'method' must be 'auto', 'sparse' or 'dense', got {method!r}")
+    return method == "dense"
+
+
+def dense_is_faster(examples: int, shape: tuple[int, int], nnz: int) -> bool:
+    """Whether expanding the weight and a dense product are expected to take less time (CPU).
+
+    Measured: large batches break even at a density of one half; below 16 examples the dense
+    product is bound by the memory that expanding writes and reads, and never wins.
+    """
+    return examples >= 16 and nnz > 0.5 * shape[0] * shape[1]
+
+
+def _dense_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, feature_major: bool
+) -> Tensor:
+    if feature_major:
+        y = weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())
+        return (torch.relu(y) if relu else y).t()
+    y = torch.nn.functional.linear(x, weight, bias)
+    return torch.relu(y) if relu else y
+
+
+def expand_block(values: Tensor, block: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Do what :func:`expand` does, with a pattern given by its block and shape."""
+    result: Tensor = _ops.expand(values.contiguous(), block, shape[0], shape[1])
+    return result

@@ -1,5 +1,6 @@
 """Masks, pruning and the search for lottery tickets."""
 
+from jacpot.nn import sparsify
 from jacpot.ops.subset_sum import SubsetSum, subset_sum
 from jacpot.tickets import score
 from jacpot.tickets.barrier import Barrier, barrier, stability
@@ -58,6 +59,7 @@ __all__ = [
     "schedule",
     "score",
     "sign_agreement",
+    "sparsify",
     "stability",
     "subset_sum",
     "supermask",
