@@ -217,20 +217,39 @@ void vjp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle co
   });
 }
 
-// out (N, K, P_all), columns [offset, offset + G·O·I) = the rows of a layer with one position
+// out (N, K, P_all), columns [offset, offset + G·O·I) = the rows of a layer, all weights kept
 void rows_of_factors(const py::tuple& pair, py::handle out, std::int64_t offset, int threads) {
-  const Factors factors(pair);
+  const Factors f(pair);
   const Array result(out, "out", Access::write);
-  result.expect_cpu().expect_like(factors.activations);
+  result.expect_cpu().expect_like(f.activations);
   dispatch_float(result, [&]<class T>() {
-    const auto layer = product_layer<T>(factors, py::none(), py::none(), false, false);
-    if (layer.positions != 1) throw py::value_error("argument 'factors' must have one position");
-    T* to = result.expect_shape({layer.n, layer.k, Array::any}).template contiguous_data<T>();
+    const Array &a = f.activations, &s = f.signals;
+    const RowsLayer<T> layer{s.shape(0),
+                             s.shape(1),
+                             s.shape(2),
+                             s.shape(3),
+                             s.shape(4),
+                             a.shape(3),
+                             static_cast<const T*>(a.data()),
+                             a.stride(0),
+                             a.stride(1),
+                             a.stride(2),
+                             static_cast<const T*>(s.data()),
+                             s.stride(0),
+                             s.stride(1),
+                             s.stride(2),
+                             s.stride(3)};
+    result.expect_shape({layer.n, layer.k, Array::any});
+    T* to = result.contiguous_data<T>();
     const std::int64_t width = result.shape(2);
-    if (offset < 0 || offset + layer.weights() > width)
+    if (offset < 0 || offset + layer.groups * layer.outputs * layer.inputs > width)
       throw py::value_error("argument 'offset' must leave room for the layer's columns");
-    py::gil_scoped_release release;
-    outer_rows<T>(layer, to + offset, width, checked_threads(threads));
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = generate_rows<T>(layer, to + offset, width, checked_threads(threads));
+    }
+    raise_if_failed(status, "rows");
   });
 }
 
@@ -281,7 +300,7 @@ void bind_jacobian(py::module_& m) {
         py::arg("columns"), py::arg("bias"), py::arg("squared"), py::arg("u"), py::arg("out"),
         py::arg("threads"), "The product of a layer's transposed Jacobian with vectors.");
   m.def("jacobian_rows", &rows_of_factors, py::arg("factors"), py::arg("out"), py::arg("offset"),
-        py::arg("threads"), "Writes the rows of a layer with one position.");
+        py::arg("threads"), "Writes the rows of a layer.");
   m.def("jacobian_signs", &random_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
         py::arg("out"), py::arg("threads"),
         "Random signs that depend on their position and the seed alone.");

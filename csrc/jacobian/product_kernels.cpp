@@ -210,8 +210,80 @@ struct Products {
 #endif
   }
 
+  // A register tile of R signals (broadcast) and V vectors of activations, over all positions.
+  template <int R, int Vectors>
+  static void sum_tile(const T* signal, std::int64_t signal_step, const T* activation,
+                       std::int64_t activation_step, std::int64_t positions, T* out,
+                       std::int64_t out_step, std::int64_t columns) {
+    Vec acc[R][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+      for (int j = 0; j < Vectors; ++j) acc[r][j] = V::zero();
+    for (std::int64_t t = 0; t < positions;
+         ++t, signal += signal_step, activation += activation_step) {
+      Vec a[Vectors];
+#pragma GCC unroll 3
+      for (int j = 0; j < Vectors; ++j) a[j] = V::load(activation + j * width);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec b = V::broadcast(signal[r]);
+#pragma GCC unroll 3
+        for (int j = 0; j < Vectors; ++j) acc[r][j] = V::fma(b, a[j], acc[r][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+      for (int j = 0; j < Vectors; ++j) {
+        if (columns >= (j + 1) * width) {
+          V::store(out + r * out_step + j * width, acc[r][j]);
+        } else {
+          T lanes[width];
+          V::store(lanes, acc[r][j]);
+          for (std::int64_t i = 0; i + j * width < columns; ++i)
+            out[r * out_step + j * width + i] = lanes[i];
+        }
+      }
+  }
+
+  template <int R, int Vectors>
+  static void sum_rows(const T* signal, std::int64_t signal_step, std::int64_t outputs,
+                       const T* activation, std::int64_t activation_step, std::int64_t positions,
+                       T* out, std::int64_t out_step, std::int64_t columns) {
+    std::int64_t o = 0;
+    for (; o + R <= outputs; o += R)
+      sum_tile<R, Vectors>(signal + o, signal_step, activation, activation_step, positions,
+                           out + o * out_step, out_step, columns);
+    if constexpr (R > 1)
+      if (o < outputs)
+        sum_rows<R / 2, Vectors>(signal + o, signal_step, outputs - o, activation, activation_step,
+                                 positions, out + o * out_step, out_step, columns);
+  }
+
+  static void sum_outer(const T* signal, std::int64_t signal_step, std::int64_t outputs,
+                        const T* activation, std::int64_t activation_step, std::int64_t inputs,
+                        std::int64_t positions, T* out, T* scratch) {
+    constexpr int rows = JACPOT_VECTOR_BYTES == 64 ? 8 : 4;
+    std::int64_t i = 0;
+    for (; i + 3 * width <= inputs; i += 3 * width)
+      sum_rows<rows, 3>(signal, signal_step, outputs, activation + i, activation_step, positions,
+                        out + i, inputs, 3 * width);
+    const std::int64_t left = inputs - i;
+    if (left == 0) return;
+    const std::int64_t padded = (left + width - 1) / width * width;
+    for (std::int64_t t = 0; t < positions; ++t)
+      for (std::int64_t c = 0; c < padded; ++c)
+        scratch[t * padded + c] = c < left ? activation[t * activation_step + i + c] : T(0);
+    const auto tile = padded == width       ? &sum_rows<rows, 1>
+                      : padded == 2 * width ? &sum_rows<rows, 2>
+                                            : &sum_rows<rows, 3>;
+    tile(signal, signal_step, outputs, scratch, padded, positions, out + i, inputs, left);
+  }
+
   static constexpr ProductKernels<T> kernels() {
-    return {forward * width, backward * width, &dot, &combine, &pack, &multiply, &sample, &outer};
+    return {forward * width, backward * width, &dot,      &combine,   &pack,
+            &multiply,       &sample,          3 * width, &sum_outer, &outer};
   }
 };
 

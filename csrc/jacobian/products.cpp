@@ -1,6 +1,7 @@
 #include "jacobian/products.hpp"
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/blas.hpp"
 #include "common/parallel.hpp"
@@ -170,24 +171,39 @@ Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int thr
 }
 
 template <class T>
-void outer_rows(const ProductLayer<T>& l, T* out, std::int64_t row_stride, int threads) {
+Status generate_rows(const RowsLayer<T>& l, T* out, std::int64_t row_stride, int threads) {
   const auto& kernel = kernels(out);
+  const bool many = l.positions != 1;
+  const std::int64_t scratch_size = many ? l.positions * kernel.tail : 0;
+  const Scratch<T> scratch = allocate_scratch<T>(scratch_size * threads);
+  if (!scratch) return no_memory;
   advise_huge_pages(out, static_cast<std::size_t>(l.n * l.k * row_stride) * sizeof(T));
-  parallel_for(threads, l.n * l.k, [&](std::int64_t row) {
-    const std::int64_t example = row / l.k, output = row % l.k;
-    for (std::int64_t g = 0; g < l.groups; ++g)
-      kernel.outer(
-          l.signals + example * l.signals_example + output * l.signals_output + g * l.outputs,
-          l.outputs, l.activations + (example * l.groups + g) * l.inputs, l.inputs,
-          out + row * row_stride + g * l.outputs * l.inputs);
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, threads, [&](std::int64_t worker) {
+    T* own = scratch.get() + worker * scratch_size;
+    for (std::int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < l.n * l.k;)
+      for (std::int64_t g = 0; g < l.groups; ++g) {
+        const std::int64_t example = row / l.k, output = row % l.k;
+        const T* signal = l.signals + example * l.signals_example + output * l.signals_output +
+                          g * l.signals_group;
+        const T* activation =
+            l.activations + example * l.activations_example + g * l.activations_group;
+        T* to = out + row * row_stride + g * l.outputs * l.inputs;
+        if (many)
+          kernel.sum_outer(signal, l.signals_position, l.outputs, activation,
+                           l.activations_position, l.inputs, l.positions, to, own);
+        else
+          kernel.outer(signal, l.outputs, activation, l.inputs, to);
+      }
   });
+  return {};
 }
 
 template Status jvp<float>(const ProductLayer<float>&, const float*, std::int64_t, float*, int);
 template Status jvp<double>(const ProductLayer<double>&, const double*, std::int64_t, double*, int);
 template Status vjp<float>(const ProductLayer<float>&, const float*, std::int64_t, float*, int);
 template Status vjp<double>(const ProductLayer<double>&, const double*, std::int64_t, double*, int);
-template void outer_rows<float>(const ProductLayer<float>&, float*, std::int64_t, int);
-template void outer_rows<double>(const ProductLayer<double>&, double*, std::int64_t, int);
+template Status generate_rows<float>(const RowsLayer<float>&, float*, std::int64_t, int);
+template Status generate_rows<double>(const RowsLayer<double>&, double*, std::int64_t, int);
 
 }  // namespace jacpot

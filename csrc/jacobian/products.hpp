@@ -38,9 +38,18 @@ Status jvp(const ProductLayer<T>& layer, const T* v, std::int64_t r, T* out, int
 template <class T>
 Status vjp(const ProductLayer<T>& layer, const T* u, std::int64_t r, T* out, int threads);
 
-// out[n, k, :] with rows `row_stride` apart = δ[n,k] ⊗ a[n] for one position, all weights kept.
 template <class T>
-void outer_rows(const ProductLayer<T>& layer, T* out, std::int64_t row_stride, int threads);
+struct RowsLayer {
+  std::int64_t n, k, positions, groups, outputs, inputs;
+  const T* activations;  // (N, T, G, I), innermost stride 1
+  std::int64_t activations_example, activations_position, activations_group;
+  const T* signals;  // (N, K, T, G, O), innermost stride 1
+  std::int64_t signals_example, signals_output, signals_position, signals_group;
+};
+
+// out[n, k, 0 : G·O·I] = Σ_t δ_nkt ⊗ a_nt, rows (n, k) `row_stride` apart.
+template <class T>
+Status generate_rows(const RowsLayer<T>& layer, T* out, std::int64_t row_stride, int threads);
 
 template <class T>
 struct ProductKernels {
@@ -62,6 +71,11 @@ struct ProductKernels {
   // g[e] += ⟨w[:, o(e)], x[:, column(e)]⟩ from w and x packed with backward_block
   void (*sample)(const T* w, const T* x, const std::int64_t* offsets, const std::int32_t* columns,
                  std::int64_t outputs, T* g);
+  // out (outputs, inputs) = Σ_t δ_t ⊗ a_t; scratch of positions · tail elements
+  std::int64_t tail;
+  void (*sum_outer)(const T* signal, std::int64_t signal_step, std::int64_t outputs,
+                    const T* activation, std::int64_t activation_step, std::int64_t inputs,
+                    std::int64_t positions, T* out, T* scratch);
   // out (outputs, inputs) = δ ⊗ a
   void (*outer)(const T* signal, std::int64_t outputs, const T* activation, std::int64_t inputs,
                 T* out);

@@ -7,7 +7,6 @@ A Jacobian ``J (N, K, P)`` is a sequence of blocks side by side: :class:`Factors
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -186,16 +185,7 @@ def _write_rows(block: Block, out: Tensor, start: int) -> int:
     """Write a weight's columns straight into ``out`` where they need no selection; say how many."""
     if isinstance(block, Rows) or block.pattern is not None or not block.n_weights:
         return 0
-    n, k, t = block.n_examples, block.n_outputs, block.n_positions
-    g, o, i = block.shape
-    if t == 1:
-        core.jacobian_rows(block.operands, out, start, threads())
-    else:
-        for group, output in product(range(g), range(k)):
-            first = start + group * o * i
-            rows = out[:, output, first : first + o * i].view(n, o, i)
-            signals = block.signals[:, output, :, group]  # (N, T, O)
-            torch.bmm(signals.transpose(1, 2), block.activations[:, :, group], out=rows)
+    core.jacobian_rows(block.strided, out, start, threads())
     return block.n_weights
 
 

@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from jacpot._backend import core, threads
+
 __all__ = ["Block", "Factors", "KeptWeights", "Rows", "check_blocks", "row_panels"]
 
 PANEL_BYTES = 64 << 20  # rows are generated in panels of about this size
@@ -163,9 +165,19 @@ class Factors:
 
         Activations are contiguous; signals are so from their positions on, and may be expanded.
         """
-        a, s = self.activations.contiguous(), self.signals
+        a, s = self.strided
+        a = a.contiguous()
         dense = s.numel() == 0 or s[0, 0].is_contiguous()
         return a, s if dense else s.contiguous()
+
+    @cached_property
+    def strided(self) -> tuple[Tensor, Tensor]:
+        """Both factors with an innermost stride of 1, which is all that most kernels ask for."""
+        a, s = self.activations, self.signals
+        return (
+            a if a.stride(3) == 1 or a.shape[3] <= 1 else a.contiguous(),
+            s if s.stride(4) == 1 or s.shape[4] <= 1 else s.contiguous(),
+        )
 
     @cached_property
     def layout(self) -> tuple[Tensor | None, Tensor | None]:
@@ -263,20 +275,17 @@ def row_panels(block: Block, budget: int = PANEL_BYTES, weights: bool = True) ->
     if isinstance(block, Rows):
         yield block.rows
         return
-    n, k, t = block.n_examples, block.n_outputs, block.n_positions
+    n, k = block.n_examples, block.n_outputs
     g, o, i = block.shape
     if weights and block.n_weights:
-        width = max(1, budget // max(1, n * k * i * block.dtype.itemsize))
+        a, s = block.strided
+        width = min(o, max(1, budget // max(1, n * k * i * block.dtype.itemsize)))
         for group in range(g):
-            a = block.activations[:, :, group]  # (N, T, I)
             for start in range(0, o, width):
                 stop = min(o, start + width)
-                s = block.signals[:, :, :, group, start:stop]  # (N, K, T, o)
-                if t == 1:
-                    panel = s[:, :, 0, :, None] * a[:, None, :, :]
-                else:
-                    panel = s.transpose(2, 3).reshape(n, k * (stop - start), t) @ a
-                panel = panel.reshape(n, k, (stop - start) * i)
+                factors = a[:, :, group : group + 1], s[:, :, :, group : group + 1, start:stop]
+                panel = a.new_empty(n, k, (stop - start) * i)
+                core.jacobian_rows(factors, panel, 0, threads())
                 if block.pattern is not None:
                     low, high = group * o + start, group * o + stop
                     kept = block.kept[block.row_offsets[low] : block.row_offsets[high]]

@@ -82,8 +82,8 @@ def gram(
         if not (isinstance(a, Factors) and isinstance(b, Factors)):
             generated.append((a, b))
         elif pairwise_is_cheaper(a, b, outputs, symmetric):
-            pair = b.operands if not symmetric else None
-            fused.append((a.operands, pair, *a.layout, a.bias))
+            pair = b.strided if not symmetric else None
+            fused.append((a.strided, pair, *a.layout, a.bias))
         else:
             generated.append((a, b))
     if fused:
