@@ -12,7 +12,6 @@ namespace jacpot {
 namespace {
 
 constexpr Status no_memory{Code::out_of_memory, "not enough memory for the packed factors"};
-constexpr std::int64_t max_slice = 16;  // a tile of max_slice² output pairs fits the L2 cache
 constexpr std::int64_t tile_bytes = 160 << 10;
 
 const GramKernels<float>& kernels(const float*) {
@@ -152,10 +151,10 @@ Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_
   plan.left_groups = ceil_div(n, panel);
   plan.right_groups = ceil_div(m, panel);
   plan.width = trace ? 1 : k;
-  plan.slices = full ? ceil_div(k, max_slice) : plan.width;
+  plan.slices = full ? ceil_div(k, gram_max_slice) : plan.width;
   plan.slice = full ? ceil_div(k, plan.slices) : 1;
   plan.slices = ceil_div(plan.width, plan.slice);
-  plan.pairs = outputs == GramOutputs::diagonal ? std::min(plan.slices, max_slice) : 1;
+  plan.pairs = outputs == GramOutputs::diagonal ? std::min(plan.slices, gram_max_slice) : 1;
   const std::int64_t block_bytes = kernel.block * plan.slice * panel * plan.slice * plan.pairs *
                                    static_cast<std::int64_t>(sizeof(T));
   plan.chunk =

@@ -20,6 +20,9 @@
 
 namespace jacpot {
 
+// Outputs are cut into slices of at most this many: a tile of all their pairs fits the L2 cache.
+inline constexpr std::int64_t gram_max_slice = 16;
+
 enum class GramOutputs { full, trace, diagonal };
 
 // One side's factors of a layer (of one group). Strides count elements; innermost ones are 1.

@@ -17,7 +17,7 @@ struct Gram {
   static constexpr int panel = vectors * width;
   // Rows of a register tile: accumulators, one row of columns and a broadcast fill the registers.
   static constexpr int block = JACPOT_VECTOR_BYTES == 64 ? 8 : panel % 4 == 0 ? 4 : 3;
-  // Columns' inner indices that stay in L1 while all rows of a tile pass by.
+  // Inner indices whose columns, and the rows that pass by, stay in L1 together.
   static constexpr std::int64_t segment =
       (24 << 10) / (panel * static_cast<std::int64_t>(sizeof(T)));
 
@@ -88,29 +88,32 @@ struct Gram {
     }
   };
 
-  // Rows (unit, output) of the tile, `block` at a time, know where in z they belong.
-  struct RowBlock {
-    std::int64_t unit, positions, first_example, outputs, row, count;
+  // Where a row (unit, output) of a block belongs in z, and its unit's activations' products.
+  struct Line {
+    std::int64_t z, a;
   };
+  Line line_of[block * gram_max_slice];
+
+  void find_lines(std::int64_t unit, std::int64_t count, std::int64_t positions) {
+    Line* line = line_of;
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t k = 0; k < row_slice; ++k)
+        *line++ = {(((unit + r) / positions - tile.first) * row_slice + k) * stride,
+                   r * panel * column_slice};
+  }
 
   // z[row] += a[unit of row] ⊙ acc[row], vector by vector.
-  JACPOT_INLINE void multiply_into(T* out, const T* a, std::int64_t a_stride, const RowBlock& b,
-                                   const Accumulator& acc) const {
-    std::int64_t local = b.row / b.outputs, output = b.row % b.outputs;
+  static JACPOT_INLINE void multiply_into(T* out, const T* a, const Line* line, std::int64_t count,
+                                          const Accumulator& acc) {
 #pragma GCC unroll 8
     for (int r = 0; r < block; ++r) {
-      if (r < b.count) {
-        const std::int64_t example = (b.unit + local) / b.positions - b.first_example;
-        T* line = out + (example * b.outputs + output) * stride;
-        const T* factor = a + local * a_stride;
+      if (r < count) {
+        T* to = out + line[r].z;
+        const T* factor = a + line[r].a;
 #pragma GCC unroll 3
         for (int j = 0; j < vectors; ++j)
-          V::store(line + j * width,
-                   V::fma(V::load(factor + j * width), acc.v[r][j], V::load(line + j * width)));
-      }
-      if (++output == b.outputs) {
-        output = 0;
-        ++local;
+          V::store(to + j * width,
+                   V::fma(V::load(factor + j * width), acc.v[r][j], V::load(to + j * width)));
       }
     }
   }
@@ -150,8 +153,8 @@ struct Gram {
   }
 
   // Σ over [from, to) of the signals' inner index, times the activations' products in a.
-  void add_products(const PackedLayer<T>& layer, const Signals& s, const Place& p, const T* a,
-                    T* out, std::int64_t from, std::int64_t to) {
+  void add_products(const Signals& s, const Place& p, const T* a, T* out, std::int64_t from,
+                    std::int64_t to) {
     const std::int64_t lines = p.count * row_slice;
     const std::int64_t step = lines > block ? segment : to - from;
     for (std::int64_t q = p.skip; q < p.panels; ++q)
@@ -160,8 +163,7 @@ struct Gram {
         for (std::int64_t row = 0; row < lines; row += block) {
           Accumulator acc;
           acc.add(s.row(p.unit * row_slice + row) + x * panel, right, min(step, to - x));
-          multiply_into(out + q * panel, a + q * panel, panel * column_slice,
-                        {p.unit, layer.positions, tile.first, row_slice, row, lines - row}, acc);
+          multiply_into(out + q * panel, a + q * panel, line_of + row, lines - row, acc);
         }
       }
   }
@@ -288,6 +290,7 @@ struct Gram {
     const T* right =
         layer.right.activations + tile.columns * group + unit_panel * layer.inputs * panel;
     const bool single = row_slice == 1 && column_slice == 1;
+    find_lines(p.unit, p.count, layer.positions);
     if (layer.row_offsets) {
       if (!single) {
         add_masked(layer, signals(layer, 0, unit_panel), p, left, right);
@@ -296,7 +299,7 @@ struct Gram {
         for (std::int64_t u = 0; u < layer.outputs; ++u) {
           multiply_activations(layer, left, right, u, products);
           for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
-            add_products(layer, signals(layer, pair, unit_panel), p, products,
+            add_products(signals(layer, pair, unit_panel), p, products,
                          p.out + pair * size_of_z(plan), u * inner, (u + 1) * inner);
         }
       }
@@ -314,7 +317,7 @@ struct Gram {
     }
     if (layer.constant) return add_constant(layer, p, a);
     for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
-      add_products(layer, signals(layer, pair, unit_panel), p, a, p.out + pair * size_of_z(plan), 0,
+      add_products(signals(layer, pair, unit_panel), p, a, p.out + pair * size_of_z(plan), 0,
                    layer.inner);
   }
 
