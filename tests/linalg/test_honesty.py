@@ -91,14 +91,6 @@ def residuals(a, b, x):
     return relative, numpy.divide(pulled, scale, out=numpy.zeros_like(pulled), where=scale > 0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", MATRICES)
 @pytest.mark.parametrize("method", ["auto", "cg", "minres", "lsmr", "cholesky"])
 def test_converged_is_true_and_failures_have_a_reason(name, method):

@@ -1,0 +1,152 @@
+"""Tangent-space fits on MNIST against conjugate gradients through torch.func.
+
+    JACPOT_DATA=folder python bench/bench_fit.py CASE... [--json FILE]
+
+Each contender stops at a true relative residual of the dual system, recomputed in float64; setup
+counts. The peer also stops after ``--patience`` times our seconds, and says how far it came.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness import Report, parser
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+import jacpot
+from jacpot.studies.data import load
+from jacpot.tangent.operators import JacobianOperator, KernelOperator
+
+
+@dataclass(frozen=True)
+class Case:
+    examples: int
+    widths: tuple[int, ...]
+    ridge: float  # of the kernel's mean diagonal
+    tol: float
+    peer: bool = True
+
+
+CASES = {
+    "ridge-0.1": Case(10_000, (300, 100), 0.1, 1e-4),
+    "ridge-0.001": Case(10_000, (300, 100), 0.001, 1e-4),
+    "wide": Case(4_000, (1000, 1000), 0.01, 1e-5),
+    "all": Case(60_000, (300, 100), 0.1, 1e-3, peer=False),
+    "small": Case(2_000, (300, 100), 0.1, 1e-4),
+}
+
+
+def network(widths: tuple[int, ...]) -> nn.Sequential:
+    torch.manual_seed(0)
+    sizes = (784, *widths, 10)
+    layers: list[nn.Module] = []
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def mnist(n: int) -> tuple[Tensor, ...]:
+    data = load("mnist")
+    pairs = ((data.x_train[:n], data.y_train[:n]), (data.x_test, data.y_test))
+    out: list[Tensor] = []
+    for x, labels in pairs:
+        pixels = torch.as_tensor(x).float().flatten(1)
+        if float(pixels.max()) > 2:
+            pixels = (pixels / 255 - 0.1307) / 0.3081
+        out += [pixels, torch.as_tensor(labels).long()]
+    return tuple(out)
+
+
+def torch_func_cg(
+    net: nn.Module, x: Tensor, r: Tensor, ridge: float, tol: float, cap: float,
+    true_residual: Callable[[Tensor], float],
+) -> dict[str, Any]:  # fmt: skip
+    """Plain CG on ``J Jᵀ + ridge·I`` through jvp and one saved vjp, float32."""
+    start = time.perf_counter()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def outputs(p: dict[str, Tensor]) -> Tensor:
+        return functional_call(net, p, (x,))
+
+    _, pull = vjp(outputs, parameters)
+
+    def product(u: Tensor) -> Tensor:
+        return jvp(outputs, (parameters,), pull(u))[1] + ridge * u
+
+    a, s = torch.zeros_like(r), r.clone()
+    p, rr, first = s.clone(), float(s.square().sum()), float(r.square().sum())
+    iterations, reached = 0, 1.0
+    while time.perf_counter() - start < cap:
+        q = product(p)
+        step = rr / float((p * q).sum())
+        a += step * p
+        s -= step * q
+        after = float(s.square().sum())
+        p = s + after / rr * p
+        rr = after
+        iterations += 1
+        if rr <= tol * tol * first:
+            break
+    seconds = time.perf_counter() - start
+    reached = true_residual(a)
+    return {"seconds": seconds, "iterations": iterations, "residual": reached}
+
+
+def run(case: Case, preconditioner: Any, patience: float) -> dict[str, Any]:
+    x, labels, x_test, labels_test = mnist(case.examples)
+    net = network(case.widths)
+    y = torch.nn.functional.one_hot(labels, 10).float() - 0.1
+    j = jacpot.jacobian(net, x)
+    ridge = case.ridge * float(j.row_norms().double().square().mean())
+    kernel = KernelOperator(JacobianOperator(j.blocks, j.n_examples, j.n_outputs)).double()
+    r = (y - j.outputs).double()
+
+    def true_residual(a: Tensor) -> float:
+        flat = a.double().reshape(-1)
+        return float((r.reshape(-1) - kernel @ flat - ridge * flat).norm() / r.norm())
+
+    lin = jacpot.linearize(net)
+    start = time.perf_counter()
+    fit = lin.fit(x, y, ridge=ridge, method="dual", tol=case.tol, preconditioner=preconditioner)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        accuracy = float((lin(x_test).argmax(1) == labels_test).double().mean())
+    row: dict[str, Any] = {
+        "seconds": seconds,
+        "setup_seconds": fit.setup_seconds,
+        "iterations": fit.iterations,
+        "status": fit.status.value,
+        "residual": true_residual(fit.details["dual"]),
+        "preconditioner": fit.preconditioner,
+        "test_accuracy": accuracy,
+    }
+    if case.peer and patience > 0:
+        cap = patience * seconds
+        row["torch_func_cg"] = torch_func_cg(net, x, r.float(), ridge, case.tol, cap, true_residual)
+        row["ratio"] = row["torch_func_cg"]["seconds"] / seconds
+    return row
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}; by default small")
+    options.add_argument("--preconditioner", default="auto")
+    options.add_argument("--patience", type=float, default=12.0)
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    report = Report("Tangent-space fits, MNIST")
+    for name in arguments.case or ["small"]:
+        row = {"case": name, **run(CASES[name], arguments.preconditioner, arguments.patience)}
+        report.rows.append(row)
+        print(row, flush=True)
+    if arguments.json:
+        report.save(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

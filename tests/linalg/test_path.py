@@ -1,0 +1,54 @@
+"""A path of dampings is the solutions one by one."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from jacpot.linalg import solve_path
+
+
+def kernel(size, dtype):
+    points = torch.rand(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.exp(-torch.cdist(points, points)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("dampings", [[0.5], [10.0, 1e-3, 0.1], numpy.logspace(-4, 1, 12).tolist()])
+def test_path_is_the_solutions(dtype, count, dampings):
+    a = kernel(150, dtype)
+    b = torch.randn(150, count, dtype=dtype) * 1e5
+    for damping, solution in zip(dampings, solve_path(a, b, dampings, tol=1e-9), strict=True):
+        assert solution.converged, str(solution)
+        residual = b.double() - a.double() @ solution.x - damping * solution.x
+        assert (residual.norm(dim=0) <= 1.001e-9 * b.double().norm(dim=0)).all()
+
+
+def test_dependent_zero_and_flat_right_hand_sides():
+    a = kernel(40, torch.float64)
+    b = torch.randn(40, 1, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.0])
+    for solution in solve_path(a, b, [0.1, 1.0]):
+        assert solution.converged
+        torch.testing.assert_close(solution.x[:, 1], 2 * solution.x[:, 0])
+    assert solve_path(a.numpy(), b[:, 0].numpy(), [0.3])[0].x.shape == (40,)
+
+
+def test_functions_are_solved_one_by_one():
+    a, b = kernel(40, torch.float64), torch.randn(40, dtype=torch.float64)
+    for one, two in zip(
+        solve_path(lambda v: a @ v, b, [0.1, 1.0]), solve_path(a, b, [0.1, 1.0]), strict=True
+    ):
+        torch.testing.assert_close(one.x, two.x, rtol=1e-4, atol=1e-5)
+
+
+def test_indefinite_matrices_are_not_called_solved():
+    assert not solve_path(torch.diag(torch.tensor([1.0, -2.0])), torch.ones(2), [2.0])[0].converged
+
+
+@pytest.mark.parametrize("dampings", [[0.0], [-1.0], [float("inf")]])
+def test_dampings_must_be_positive(dampings):
+    with pytest.raises(ValueError, match="dampings"):
+        solve_path(torch.eye(2), torch.ones(2), dampings)
+    assert solve_path(torch.eye(2), torch.ones(2), []) == []
