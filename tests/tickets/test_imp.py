@@ -163,6 +163,36 @@ def test_kill_9_loses_nothing(tmp_path):
     assert_same_search(whole, resumed)
 
 
+def _die_in_a_write(folder, point, count):
+    genuine = getattr(os, point)
+    calls = 0
+
+    def kill_at(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return genuine(*arguments)
+
+    setattr(_files.os, point, kill_at)
+    tickets.imp(make_net(), train, rounds=3, rewind=4, directory=folder)
+
+
+@pytest.mark.parametrize("point", ["fsync", "replace"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_kill_9_during_a_checkpoint_write_loses_nothing(tmp_path, point, count):
+    whole = tickets.imp(make_net(), train, rounds=3, rewind=4)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_die_in_a_write, args=(tmp_path, point, count))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    resumed = tickets.imp(make_net(), train, rounds=3, rewind=4, directory=tmp_path)
+    assert_same_search(whole, resumed)
+    assert all(path.read_bytes() == content for path, content in kept.items())  # used, not redone
+
+
 @pytest.mark.parametrize("point", ["fsync", "replace"])
 def test_a_write_that_dies_half_way_leaves_the_old_file(tmp_path, monkeypatch, point):
     path = tmp_path / "file"
