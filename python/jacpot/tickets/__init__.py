@@ -1,6 +1,5 @@
 """Masks, pruning and the search for lottery tickets."""
 
-from jacpot.nn import sparsify
 from jacpot.ops.subset_sum import SubsetSum, subset_sum
 from jacpot.tickets import score
 from jacpot.tickets.barrier import Barrier, barrier, stability
@@ -16,6 +15,7 @@ from jacpot.tickets.report import PathReport, inspect
 from jacpot.tickets.rounds import Round, Tickets
 from jacpot.tickets.sanity import random_mask, reinitialise, sanity_checks
 from jacpot.tickets.similarity import KernelSimilarity, TangentFit, kernel_similarity, tangent_fits
+from jacpot.tickets.sparsify import sparsify
 from jacpot.tickets.strong import Approximation, approximate
 from jacpot.tickets.supermask import Supermask, criterion, rebuild, supermask
 
