@@ -1,0 +1,330 @@
+"""The Jacobian as an operator on the factors of the layers, which is never written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import scipy.sparse.linalg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jacpot.ops import jacobian as kernels
+from jacpot.ops.jacobian import Block, Outputs
+from jacpot.tangent.assemble import Columns
+
+__all__ = ["Jacobian", "joined"]
+
+
+class Jacobian:
+    """Derivatives of N examples' K outputs by P parameters, held as the factors of the layers.
+
+    Made by :func:`jacobian`. Products with it are exact, cost one product per layer, and need no
+    second pass through the network. Results are plain tensors: nothing here is differentiable.
+
+    Attributes
+    ----------
+    outputs
+        The network's outputs at these examples, ``(N, K)``, detached.
+    blocks
+        The factored blocks (see `jacpot.ops.jacobian`), in the order of the columns.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> J = jacpot.jacobian(torch.nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]))
+    >>> J
+    Jacobian(n_examples=1, n_outputs=1, n_parameters=3, dtype=torch.float32)
+    >>> J.unflatten(J.T @ torch.ones(1, 1))
+    {'weight': tensor([[3., 4.]]), 'bias': tensor([1.])}
+    """
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        blocks: Sequence[Block],
+        columns: Columns,
+        orders: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        self.outputs = outputs
+        self.blocks = list(blocks)
+        self._columns = columns
+        self._orders = list(orders) if orders is not None else [None] * len(self.blocks)
+
+    @property
+    def n_examples(self) -> int:
+        """Examples, N."""
+        return self.outputs.shape[0]
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs per example, K."""
+        return self.outputs.shape[1]
+
+    @property
+    def n_parameters(self) -> int:
+        """Columns, P: under a mask, the kept parameters."""
+        return self._columns.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N·K, P)``."""
+        return self.n_examples * self.n_outputs, self.n_parameters
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the parameters, and so of every result."""
+        return self.outputs.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the factors take."""
+        return sum(
+            block.activations.nbytes + block.signals.nbytes
+            if isinstance(block, kernels.Factors)
+            else block.rows.nbytes
+            for block in self.blocks
+        )
+
+    @property
+    def T(self) -> JacobianTranspose:
+        """The transpose, for ``J.T @ u``."""
+        return JacobianTranspose(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Jacobian(n_examples={self.n_examples}, n_outputs={self.n_outputs}, "
+            f"n_parameters={self.n_parameters}, dtype={self.dtype})"
+        )
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by parameter name -> ``(P,)``; elements that are not kept are left out.
+
+        Columns are in the order of ``module.named_parameters()``, row by row, those that require
+        no gradient left out: without a mask, that of ``torch.nn.utils.parameters_to_vector``.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes differ from the parameters'.
+        """
+        return self._columns.flatten(tensors)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """``(P,)`` or ``(P, R)`` -> tensors by parameter name, zero where nothing is kept.
+
+        Raises
+        ------
+        ValueError
+            If the vector has another length.
+        """
+        return self._columns.unflatten(vector)
+
+    def to_blocks(self, vector: Tensor) -> list[Tensor]:
+        """``(P,)`` or ``(P, R)`` -> one tensor for each of `blocks`, in the order it keeps."""
+        parts = torch.split(vector, [block.n_parameters for block in self.blocks])
+        return [
+            part if order is None else part[order]
+            for part, order in zip(parts, self._orders, strict=True)
+        ]
+
+    def from_blocks(self, parts: Sequence[Tensor]) -> Tensor:
+        """One tensor for each of `blocks` -> ``(P,)`` or ``(P, R)``: the inverse of `to_blocks`."""
+        return torch.cat(
+            [
+                part if order is None else part[order.argsort()]
+                for part, order in zip(parts, self._orders, strict=True)
+            ]
+        )
+
+    def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """``J v`` for v ``(P,)``, ``(P, R)`` or by parameter name -> ``(N, K)`` or ``(N, K, R)``.
+
+        Raises
+        ------
+        TypeError
+            If v has another dtype.
+        ValueError
+            If it has another shape, or names other parameters.
+        """
+        vector = self.flatten(v) if isinstance(v, Mapping) else v
+        if not isinstance(vector, Tensor):
+            return NotImplemented
+        self._check("v", vector, (self.n_parameters,))
+        if not self.blocks:
+            return self.outputs.new_zeros(*self.outputs.shape, *vector.shape[1:])
+        result: Tensor = kernels.jvp(self.blocks, self.to_blocks(vector.detach()))
+        return result
+
+    def _transposed(self, u: Tensor) -> Tensor:
+        if u.ndim == 1 and u.numel() == self.shape[0]:
+            u = u.reshape(self.outputs.shape)
+        self._check("u", u, tuple(self.outputs.shape))
+        if not self.blocks:
+            return self.outputs.new_zeros(0, *u.shape[2:])
+        return self.from_blocks(kernels.vjp(self.blocks, u.detach()))
+
+    def _check(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        if x.dtype != self.dtype:
+            raise TypeError(f"argument {name!r} must be {self.dtype}, got {x.dtype}")
+        if x.shape[: len(shape)] != shape or x.ndim not in (len(shape), len(shape) + 1):
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(
+                f"argument {name!r} must have shape ({sizes}) or ({sizes}, R), got {tuple(x.shape)}"
+            )
+
+    def gram(self, other: Jacobian | None = None, outputs: Outputs = "full") -> Tensor:
+        """Compute the tangent kernel ``J Jᵀ``, or ``J J'ᵀ`` with another's examples.
+
+        Parameters
+        ----------
+        other
+            The Jacobian of the same parameters at M other examples.
+        outputs
+            ``"full"``: ``(N, K, M, K)``. ``"trace"``: the sum over equal outputs, ``(N, M)``.
+            ``"diagonal"``: equal outputs only, ``(N, M, K)``.
+
+        Returns
+        -------
+        Tensor
+            The kernel; of J with itself it is symmetric to the last bit.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the two do not belong together.
+
+        Notes
+        -----
+        Jacot, Gabriel & Hongler 2018, "Neural tangent kernel".
+        """
+        if other is not None and not isinstance(other, Jacobian):
+            raise TypeError(f"argument 'other' must be a Jacobian, got {type(other).__name__}")
+        left = self.blocks or [self._nothing()]
+        right = None if other is None else other.blocks or [other._nothing()]
+        return kernels.gram(left, right, outputs)  # type: ignore[no-any-return]
+
+    def _nothing(self) -> Block:
+        """Give a block without columns: what is left when everything is pruned."""
+        return kernels.Rows(self.outputs.new_empty(*self.outputs.shape, 0))
+
+    def dense(self) -> Tensor:
+        """Write J out, ``(N, K, P)``."""
+        if not self.blocks:
+            return self.outputs.new_empty(*self.outputs.shape, 0)
+        full: Tensor = kernels.dense(self.blocks)
+        start = 0
+        for block, order in zip(self.blocks, self._orders, strict=True):
+            if order is not None:
+                part = full[:, :, start : start + block.n_parameters]
+                part.copy_(part[:, :, order.argsort()])
+            start += block.n_parameters
+        return full
+
+    def row_norms(self) -> Tensor:
+        """Euclidean norms of the rows, ``(N, K)``, without writing them out."""
+        return kernels.row_norms(self.blocks or [self._nothing()])  # type: ignore[no-any-return]
+
+    def column_norms(self) -> Tensor:
+        """Euclidean norms of the columns, ``(P,)``: the root of the diagonal of ``JᵀJ``."""
+        if not self.blocks:
+            return self.outputs.new_empty(0)
+        norms: Tensor = kernels.column_norms(self.blocks)
+        return self.from_blocks(torch.split(norms, [block.n_parameters for block in self.blocks]))
+
+    def sketch(self, dim: int, seed: int = 0) -> Tensor:
+        """Project the rows by a seeded random matrix, ``(N, K, dim)``.
+
+        Parameters
+        ----------
+        dim
+            How many columns are left.
+        seed
+            Chooses the matrix, which depends on neither the examples nor how they are batched.
+
+        Returns
+        -------
+        Tensor
+            ``J S`` with ``E[S Sᵀ] = I``.
+        """
+        return kernels.sketch(self.blocks or [self._nothing()], dim, seed)  # type: ignore[no-any-return]
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """Give J as a SciPy operator ``(N·K, P)`` on NumPy arrays.
+
+        Examples
+        --------
+        >>> import numpy, torch, jacpot, scipy.sparse.linalg
+        >>> net, x = torch.nn.Linear(2, 1).double(), torch.eye(2).double()
+        >>> J = jacpot.jacobian(net, x).to_scipy()
+        >>> scipy.sparse.linalg.lsmr(J, numpy.ones(2))[0].round(3)
+        array([0.333, 0.333, 0.667])
+        """
+
+        def forward(v: NDArray[Any]) -> NDArray[Any]:
+            product = self @ torch.as_tensor(v).to(self.dtype)
+            return product.reshape(self.shape[0], *v.shape[1:]).numpy()
+
+        def backward(u: NDArray[Any]) -> NDArray[Any]:
+            columns = torch.as_tensor(u).to(self.dtype)
+            return (self.T @ columns.reshape(*self.outputs.shape, *u.shape[1:])).numpy()
+
+        return scipy.sparse.linalg.LinearOperator(
+            self.shape,
+            matvec=forward,
+            rmatvec=backward,
+            matmat=forward,
+            rmatmat=backward,
+            dtype=self.outputs.new_empty(0).numpy().dtype,
+        )
+
+
+class JacobianTranspose:
+    """``Jᵀ``: what ``J.T`` gives."""
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        self.T = jacobian
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, N·K)``."""
+        return self.T.shape[1], self.T.shape[0]
+
+    def __matmul__(self, u: Tensor) -> Tensor:
+        """``Jᵀ u`` for u ``(N, K)`` or ``(N, K, R)`` -> ``(P,)`` or ``(P, R)``.
+
+        Raises
+        ------
+        TypeError
+            If u has another dtype.
+        ValueError
+            If it has another shape.
+        """
+        if not isinstance(u, Tensor):
+            return NotImplemented
+        return self.T._transposed(u)
+
+
+def joined(parts: Sequence[Jacobian]) -> Jacobian:
+    """Join the Jacobians of successive examples into one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    blocks: list[Block] = []
+    for same in zip(*(part.blocks for part in parts), strict=True):
+        blocks.append(_joined_block(same))
+    outputs = torch.cat([part.outputs for part in parts])
+    return Jacobian(outputs, blocks, first._columns, first._orders)
+
+
+def _joined_block(parts: Sequence[Block]) -> Block:
+    first = parts[0]
+    if isinstance(first, kernels.Factors):
+        return kernels.Factors(
+            torch.cat([p.activations for p in parts if isinstance(p, kernels.Factors)]),
+            torch.cat([p.signals for p in parts if isinstance(p, kernels.Factors)]),
+            first.pattern,
+            first.bias,
+        )
+    return kernels.Rows(torch.cat([p.rows for p in parts if isinstance(p, kernels.Rows)]))
