@@ -173,6 +173,24 @@ def test_gradients_are_recorded_in_any_mode(mode):
     assert not found.requires_grad
 
 
+def test_examples_of_inference_mode_are_taken():
+    net, x = mlp(), examples(mlp, 3)
+    with torch.inference_mode():
+        copy_of_x = x.clone()
+        found = jacpot.jacobian(net, copy_of_x).dense()
+    again = jacpot.jacobian(net, copy_of_x).dense()
+    assert relative_error(found, dense(net, x)) < 1e-10
+    assert torch.equal(found, again)
+
+
+def test_a_network_that_writes_to_its_input_leaves_ours():
+    net, x = nn.Sequential(nn.ReLU(inplace=True), mlp()), examples(mlp, 5)
+    before = x.clone()
+    found = jacpot.jacobian(net, x).dense()
+    assert torch.equal(x, before)
+    assert relative_error(found, dense(mlp(), x.relu())) < 1e-10
+
+
 def test_autocast_is_off_inside():
     net, x = mlp(torch.float32), examples(mlp, 3, torch.float32)
     expected = jacpot.jacobian(net, x).dense()

@@ -43,7 +43,7 @@ def shape(n, m, outputs):
     st.sampled_from(KINDS),
     st.sampled_from([1 << 32, 4000]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_does_not_depend_on_batch_size(n, m, batch_size, outputs, memory_budget):
     x1, x2 = examples(n), None if m is None else examples(m, 2)
     module = net()

@@ -28,7 +28,6 @@ from jacpot.tangent.network import (
     Network,
     n_examples,
     over_tensors,
-    recording,
     take,
     tensors,
 )
@@ -124,23 +123,24 @@ def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> I
     if keep == 0:  # most layers refuse an empty batch: run one example, and keep nothing of it
         x, targets = stand_in(x, 1), stand_in(targets, 1)
     n = n_examples(x)
-    with recording():
-        if probed.together or n == 1:
-            yield _together(network, x, targets, probed, keep)
-            return
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                captured = _mapped(network, x, targets, probed)
-        except RuntimeError as error:
-            if not cannot_map(error):
-                raise
-        else:
-            yield captured
-            return
-        for i in range(n):
-            row = slice(i, i + 1)
-            yield _together(network, take(x, row), take(targets, row), probed, 1)
+    if probed.writes_input:
+        x = over_tensors(x, torch.clone)
+    if probed.together or n == 1:
+        yield _together(network, x, targets, probed, keep)
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            captured = _mapped(network, x, targets, probed)
+    except RuntimeError as error:
+        if not cannot_map(error):
+            raise
+    else:
+        yield captured
+        return
+    for i in range(n):
+        row = slice(i, i + 1)
+        yield _together(network, take(x, row), take(targets, row), probed, 1)
 
 
 def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: int) -> Captured:
@@ -239,6 +239,7 @@ def _cotangents(outputs: Tensor) -> Tensor:
     return eye[:, None].expand(k, n, k)
 
 
+@torch.no_grad()
 def _finish(
     outputs: Tensor,
     calls: Sequence[Seen],

@@ -111,11 +111,12 @@ class JacobianSource:
     ) -> None:
         if wrt not in ("kept", "all"):
             raise ValueError(f"argument 'wrt' must be 'kept' or 'all', got {wrt!r}")
-        self.network = Network(module, mask, output)
-        self.columns = Columns(self.network.parameters, self.network.mask if wrt == "kept" else {})
         self.memory_budget = memory_budget
         self._patterns: dict[str, Pattern] = {}
         with recording():
+            self.network = Network(module, mask, output)
+            kept = self.network.mask if wrt == "kept" else {}
+            self.columns = Columns(self.network.parameters, kept)
             self.probe = probe(self.network, x, targets)
 
     @property
@@ -130,10 +131,11 @@ class JacobianSource:
 
     def __call__(self, x: Inputs, examples: slice | None = None, targets: Any = None) -> Jacobian:
         """Take the Jacobian at these examples, or at some of them."""
-        if examples is not None:
-            x, targets = take(x, examples), take(targets, examples)
         parts = []
-        for part in capture(self.network, x, targets, self.probe, self.memory_budget):
-            blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
-            parts.append(Jacobian(part.outputs, blocks, self.columns, orders))
+        with recording():
+            if examples is not None:
+                x, targets = take(x, examples), take(targets, examples)
+            for part in capture(self.network, x, targets, self.probe, self.memory_budget):
+                blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
+                parts.append(Jacobian(part.outputs, blocks, self.columns, orders))
         return joined(parts)

@@ -72,8 +72,13 @@ def n_examples(x: Inputs, name: str = "x") -> int:
 
 
 def take(x: Any, index: slice | Tensor) -> Any:
-    """Give some of the examples, in the form of ``x``."""
-    return over_tensors(x, lambda tensor: tensor.detach()[index])
+    """Give some of the examples, in the form of ``x``, as constants."""
+
+    def part(tensor: Tensor) -> Tensor:
+        # a tensor made in inference mode is of no use outside it, but its copy is
+        return (tensor.clone() if tensor.is_inference() else tensor.detach())[index]
+
+    return over_tensors(x, part)
 
 
 class Network:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, take
+from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, take, tensors
 from jacpot.tangent.recorder import Recorder
 
 __all__ = ["Probe", "cannot_map", "probe", "signals", "stand_in"]
@@ -31,12 +31,15 @@ class Probe:
         Parameters with a use that no rule covers.
     bytes_per_example
         Of the results of all recorded calls.
+    writes_input
+        Whether the network writes to the very tensors that it is given.
     """
 
     n_outputs: int
     axes: list[dict[int, int]]
     uncovered: list[str]
     bytes_per_example: int
+    writes_input: bool
 
     @property
     def together(self) -> bool:
@@ -110,7 +113,9 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
         return take(x, index), take(targets, index)
 
     recorder = Recorder(network, leaves)
-    outputs = recorder.run(*batch(list(range(size))), leaves)
+    own, own_targets = batch(list(range(size)))
+    versions = [tensor._version for tensor in tensors(own)]
+    outputs = recorder.run(own, own_targets, leaves)
     k = outputs.shape[1]
     if k == 0:
         raise ValueError("the module's output must have at least one element per example, got none")
@@ -135,7 +140,8 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
         if gradient is not None
     ]
     total = sum(call.shape.numel() for call in recorder.calls) * outputs.dtype.itemsize // size
-    return Probe(k, axes, uncovered, total)
+    written = versions != [tensor._version for tensor in tensors(own)]
+    return Probe(k, axes, uncovered, total, written)
 
 
 def _check_alone(output: Tensor, again: Tensor) -> None:
