@@ -126,10 +126,17 @@ def test_numbers_of_a_seed(parts):
     assert 0 < between["angle"] < 180
     tangent, trained = (torch.from_numpy(outputs[key]) for key in ("tangent", "network"))
     assert between["distance"] == measures.distance(tangent, trained)
-    again, same = compare.run_seed(QUICK, parts, 3)
-    for key in CONTENDERS:
-        np.testing.assert_array_equal(same[key], outputs[key])
-    assert again["tangent_to_network"] == between
+
+
+def test_one_seed_fixes_everything(parts):
+    (first, before), (second, after) = (compare.run_seed(QUICK, parts, 3) for _ in range(2))
+    for key in ("network", "last_layer"):
+        np.testing.assert_array_equal(before[key], after[key])
+    # Which preconditioner pays is estimated from measured times: equal to the tolerance only.
+    for key in ("tangent", "one_step"):
+        np.testing.assert_allclose(before[key], after[key], atol=1e-2)
+    for name, value in first["tangent_to_network"].items():
+        assert second["tangent_to_network"][name] == pytest.approx(value, rel=1e-2, abs=0.03)
 
 
 def test_the_test_set_chooses_nothing(digits, parts):
@@ -139,8 +146,8 @@ def test_the_test_set_chooses_nothing(digits, parts):
     second, _ = compare.run_seed(QUICK, other, 0)
     for key in CONTENDERS:
         ours, theirs = first["contenders"][key], second["contenders"][key]
-        assert ours["train_loss"] == theirs["train_loss"]
-        assert ours["relative_displacement"] == theirs["relative_displacement"]
+        for name in ("train_loss", "relative_displacement"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-2)
 
 
 def test_summary(tmp_path, digits, parts):

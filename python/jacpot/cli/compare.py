@@ -84,7 +84,13 @@ def compare(
     max_epochs: Annotated[
         int, typer.Option(min=1, help="Training ends there, converged or not.")
     ] = 300,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where networks are trained: cpu, cuda, cuda:1, ... The tangent space is fitted "
+            "on the CPU."
+        ),
+    ] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget what --out holds and start anew.")
     ] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -46,7 +47,7 @@ class Settings:
     recipe
         How the network is trained.
     device
-        Where it all runs.
+        Where networks are trained. The tangent space is fitted on the CPU.
     """
 
     net: str = "mlp"
@@ -198,8 +199,11 @@ def _between(
 ) -> dict[str, float]:
     final = fitted["network"].function
     assert isinstance(final, nn.Module)
-    probe = parts.test.x[:KERNEL_EXAMPLES]
-    before, after = (jacpot.ntk(module, probe, outputs="trace") for module in (network, final))
+    probe = parts.test.x[:KERNEL_EXAMPLES].cpu()
+    before, after = (
+        jacpot.ntk(copy.deepcopy(module).cpu(), probe, outputs="trace")
+        for module in (network, final)
+    )
     between = {
         "distance": measures.distance(outputs["tangent"], outputs["network"]),
         "angle": measures.angle(fitted["tangent"].displacement, fitted["network"].displacement),

@@ -91,15 +91,19 @@ def tangent(
     Fitted
     """
     start = time.perf_counter()
-    x = parts.train.x
+    # The Jacobian's kernels run on the CPU, wherever the network is trained.
+    device = parts.train.x.device
+    network = copy.deepcopy(network).cpu()
+    x, targets = parts.train.x.cpu(), parts.train.targets.cpu()
     scale = float(jacpot.jacobian(network, x).row_norms().double().square().mean())
     path: list[dict[str, Any]] = []
     best: jacpot.LinearizedModule | None = None
     for ridge in sorted(ridges, reverse=True):
         progress(f"tangent space, ridge {ridge:g}")
         model = jacpot.linearize(network)
-        solution = model.fit(x, parts.train.targets, ridge=ridge * scale, tol=tol)
-        loss = parts.loss(predict(model, parts.validation.x), parts.validation)
+        solution = model.fit(x, targets, ridge=ridge * scale, tol=tol)
+        outputs = predict(model, parts.validation.x.cpu()).to(device)
+        loss = parts.loss(outputs, parts.validation)
         path.append(
             {
                 "ridge": ridge,
@@ -108,6 +112,7 @@ def tangent(
                 "converged": bool(solution.converged),
                 "iterations": int(solution.iterations),
                 "relative_residual": float(solution.relative_residual),
+                "solver": str(solution),
             }
         )
         if loss > min(entry["validation_loss"] for entry in path):
@@ -115,9 +120,12 @@ def tangent(
         best = model
     assert best is not None  # the first ridge has nothing to be worse than
     chosen = min(path, key=lambda entry: entry["validation_loss"])
-    displacement = {name: part.detach().clone() for name, part in best.delta.items()}
+    model = best
+    displacement = {name: part.to(device) for name, part in model.delta.items()}
     details = {**chosen, "ridge_absolute": chosen["ridge"] * scale, "path": path}
-    return Fitted(best, displacement, time.perf_counter() - start, details)
+    return Fitted(
+        lambda x: model(x.cpu()).to(device), displacement, time.perf_counter() - start, details
+    )
 
 
 def trained(
