@@ -1,8 +1,11 @@
-#include <algorithm>
+#include <pybind11/stl.h>
+
+#include <array>
 #include <vector>
 
 #include "bindings/array.hpp"
 #include "bindings/bind.hpp"
+#include "masked_matmul/masked_conv2d.hpp"
 #include "masked_matmul/masked_matmul.hpp"
 
 namespace jacpot {
@@ -167,6 +170,94 @@ void backward(py::handle block_object, py::handle values_object, py::handle x_ob
   raise_if_failed(status, "masked_matmul_backward");
 }
 
+using masked_matmul::Axis;
+using masked_matmul::Images;
+
+// Size, stride, padding and dilation, each (height, width).
+using Window = std::vector<std::array<std::int64_t, 2>>;
+
+struct Convolution {
+  Pattern pattern;
+  Images images;
+};
+
+// Checks x and y (or dy) against the pattern.
+Convolution open_convolution(const Array& block, const Array& x, const Array& y,
+                             const Window& window) {
+  Convolution c{open_pattern(block), {}};
+  if (window.size() != 4) throw py::value_error("argument 'window' must be four pairs");
+  const auto any = Array::any;
+  x.expect_cpu().expect_shape({any, any, any, any}).expect_contiguous();
+  y.expect_cpu().expect_like(x).expect_shape({any, any, any, any}).expect_contiguous();
+  const auto axis = [&](std::size_t a) {
+    const auto [size, stride, padding, dilation] =
+        std::array{window[0][a], window[1][a], window[2][a], window[3][a]};
+    if (size < 1 || stride < 1 || padding < 0 || dilation < 1)
+      throw py::value_error("argument 'window' has an entry that is too small");
+    const std::int64_t input = x.shape(static_cast<int>(a) + 2),
+                       reach = input + 2 * padding - dilation * (size - 1) - 1;
+    return Axis{input, reach < 0 ? 0 : reach / stride + 1, size, stride, padding, dilation};
+  };
+  c.images = {x.shape(0), x.shape(1), axis(0), axis(1)};
+  if (c.pattern.rows.length != c.images.channels * window[0][0] * window[0][1])
+    throw py::value_error("argument 'pattern' must have " +
+                          std::to_string(c.images.channels * window[0][0] * window[0][1]) +
+                          " columns, got " + std::to_string(c.pattern.rows.length));
+  y.expect_shape(
+      {c.images.count, c.pattern.rows.lines, c.images.height.output, c.images.width.output});
+  return c;
+}
+
+void convolve(py::handle block_object, py::handle values_object, py::handle bias_object, bool relu,
+              py::handle x_object, py::handle y_object, const Window& window, int threads) {
+  const Array block(block_object, "pattern"), values(values_object, "values"), x(x_object, "x"),
+      y(y_object, "y", Access::write);
+  const Convolution c = open_convolution(block, x, y, window);
+  std::vector<Array> bias;
+  if (!bias_object.is_none()) bias.emplace_back(bias_object, "bias");
+  values.expect_like(x);
+  const Status status = dispatch_float(x, [&]<class T>() {
+    const T* v = vector_of<const T>(values, c.pattern.rows.nnz);
+    const T* b =
+        bias.empty() ? nullptr : vector_of<const T>(bias[0].expect_like(x), c.pattern.rows.lines);
+    const T* in = x.contiguous_data<const T>();
+    T* out = y.contiguous_data<T>();
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    return masked_matmul::convolve<T>(c.pattern, c.images, v, b, relu, in, out, threads);
+  });
+  raise_if_failed(status, "masked_conv2d");
+}
+
+void convolve_backward(py::handle block_object, py::handle values_object, py::handle x_object,
+                       py::handle dy_object, py::handle dx_object, py::handle d_values_object,
+                       const Window& window, int threads) {
+  const Array block(block_object, "pattern"), values(values_object, "values"), x(x_object, "x"),
+      dy(dy_object, "dy");
+  const Convolution c = open_convolution(block, x, dy, window);
+  std::vector<Array> dx, d_values;
+  if (!dx_object.is_none()) dx.emplace_back(dx_object, "dx", Access::write);
+  if (!d_values_object.is_none()) d_values.emplace_back(d_values_object, "d_values", Access::write);
+  values.expect_like(x);
+  const Status status = dispatch_float(x, [&]<class T>() {
+    const T* v = vector_of<const T>(values, c.pattern.rows.nnz);
+    T* d_in = nullptr;
+    if (!dx.empty()) {
+      dx[0].expect_like(x).expect_shape({x.shape(0), x.shape(1), x.shape(2), x.shape(3)});
+      d_in = dx[0].contiguous_data<T>();
+    }
+    T* dv =
+        d_values.empty() ? nullptr : vector_of<T>(d_values[0].expect_like(x), c.pattern.rows.nnz);
+    const T* in = x.contiguous_data<const T>();
+    const T* d_out = dy.contiguous_data<const T>();
+    checked_threads(threads);
+    py::gil_scoped_release release;
+    return masked_matmul::convolve_backward<T>(c.pattern, c.images, v, in, d_out, d_in, dv,
+                                               threads);
+  });
+  raise_if_failed(status, "masked_conv2d_backward");
+}
+
 }  // namespace
 
 void bind_masked_matmul(py::module_& m) {
@@ -184,6 +275,12 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_backward", &backward, py::arg("pattern"), py::arg("values"), py::arg("x"),
         py::arg("dy"), py::arg("dx").none(true), py::arg("d_values").none(true),
         py::arg("threads"));
+  m.def("masked_conv2d", &convolve, py::arg("pattern"), py::arg("values"),
+        py::arg("bias").none(true), py::arg("relu"), py::arg("x"), py::arg("y"), py::arg("window"),
+        py::arg("threads"));
+  m.def("masked_conv2d_backward", &convolve_backward, py::arg("pattern"), py::arg("values"),
+        py::arg("x"), py::arg("dy"), py::arg("dx").none(true), py::arg("d_values").none(true),
+        py::arg("window"), py::arg("threads"));
 }
 
 }  // namespace jacpot

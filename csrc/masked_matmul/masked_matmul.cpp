@@ -1,264 +1,45 @@
 #include "masked_matmul/masked_matmul.hpp"
 
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <type_traits>
-
-#include "common/parallel.hpp"
-#include "common/scratch.hpp"
-#include "masked_matmul/kernels.hpp"
+#include "masked_matmul/walk.hpp"
 
 namespace jacpot::masked_matmul {
-namespace {
-
-constexpr Status no_memory{Code::out_of_memory, "no memory for the panels"};
-
-template <class T>
-const Kernels<T>& kernels() {
-  const KernelTable& table = active_table(static_cast<const KernelTable*>(nullptr));
-  if constexpr (std::is_same_v<T, float>)
-    return table.of_float;
-  else
-    return table.of_double;
-}
-
-// As many threads as have something to do: waking one costs some 10 us.
-int team(int threads, std::int64_t nnz, std::int64_t examples) {
-  constexpr std::int64_t products_per_thread = 1 << 17;
-  const std::int64_t useful = nnz * examples / products_per_thread + 1;
-  return static_cast<int>(std::min<std::int64_t>(threads, useful));
-}
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Lines [first(c), first(c + 1)) hold a like number of entries for every chunk c.
-struct Chunks {
-  const Lines& lines;
-  std::int64_t count;
-
-  std::int64_t first(std::int64_t chunk) const {
-    // A line costs something even when it is empty: count it as one more entry.
-    const std::int64_t total = lines.nnz + lines.lines, goal = total * chunk / count;
-    std::int64_t low = 0, high = lines.lines;
-    while (low < high) {
-      const std::int64_t middle = (low + high) / 2;
-      if (lines.offsets[middle] + middle < goal)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return chunk == count ? lines.lines : low;
-  }
-};
-
-// A piece of scratch for each thread.
-template <class T>
-class Panels {
- public:
-  Panels(int threads, std::int64_t size)
-      : size_(size), memory_(allocate_scratch<T>(size * threads)) {}
-  bool ok() const { return memory_ != nullptr; }
-  T* get(std::int64_t worker) const { return memory_.get() + worker * size_; }
-
- private:
-  std::int64_t size_;
-  Scratch<T> memory_;
-};
-
-// Runs body(task, worker) for every task: `worker` is below `threads` and no two tasks at a
-// time share one, so it can name a piece of scratch.
-template <class F>
-void parallel_workers(int threads, std::int64_t tasks, F&& body) {
-  std::atomic<std::int64_t> next{0};
-  parallel_for(threads, std::min<std::int64_t>(threads, tasks), [&](std::int64_t worker) {
-    for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      body(task, worker);
-  });
-}
-
-// Examples in panels: all of the widest shape but the last, which takes the narrowest that holds
-// what is left.
-template <class T>
-class Panelling {
- public:
-  explicit Panelling(std::int64_t examples) : examples_(examples) {}
-  std::int64_t width() const { return shape_for(examples_).width; }
-  std::int64_t count() const { return ceil_div(examples_, width()); }
-  std::int64_t example(std::int64_t panel) const { return panel * width(); }
-  const Shape<T>& shape(std::int64_t panel) const { return shape_for(examples_ - example(panel)); }
-
- private:
-  static const Shape<T>& shape_for(std::int64_t examples) {
-    const Kernels<T>& k = kernels<T>();
-    int i = 0;
-    while (i + 1 < k.count && k.shapes[i].width < examples) ++i;
-    return k.shapes[i];
-  }
-  std::int64_t examples_;
-};
-
-// Grid steps of a tile: as many as `bytes` of the panel hold, and enough that the entries of a
-// line in it outweigh reading and writing the line's sums.
-template <class T>
-std::int64_t tile_steps(const Lines& lines, const Shape<T>& shape, std::int64_t bytes) {
-  const std::int64_t row_bytes = shape.width * static_cast<std::int64_t>(sizeof(T));
-  return std::max<std::int64_t>(2, bytes / (row_bytes * lines.step));
-}
-
-// Measured: somewhat more than the first-level cache forward, where one load feeds one FMA; a
-// part of the second-level cache for the fused backward, where it feeds two.
-constexpr std::int64_t forward_tile_bytes = 40 << 10, backward_tile_bytes = 256 << 10;
-constexpr std::int64_t block_bytes = 256 << 10;  // of the lines that are walked in a tile
-
-template <class T>
-std::int64_t block_lines(std::int64_t width) {
-  return std::max<std::int64_t>(16, block_bytes / (width * static_cast<std::int64_t>(sizeof(T))));
-}
-
-// out (N, lines) = product of `lines` with in (N, length).
-template <class T>
-Status multiply(const Lines& lines, const T* values, const T* bias, bool relu,
-                Activations<const T> in, Activations<T> out, int threads) {
-  if (in.examples == 0 || lines.lines == 0) return {};
-  const Panelling<T> panels(in.examples);
-  // Chunks of lines only where panels alone don't share out well.
-  Chunks chunks{lines, 1};
-  while (panels.count() * chunks.count % threads != 0 &&
-         panels.count() * chunks.count < 4 * threads)
-    ++chunks.count;
-  const std::int64_t tasks = panels.count() * chunks.count, block = block_lines<T>(panels.width());
-  const auto workers = static_cast<int>(std::min<std::int64_t>(threads, tasks));
-  Panels<T> inputs(workers, lines.length * panels.width()),
-      outputs(workers, std::min(block, lines.lines) * panels.width());
-  if (!inputs.ok() || !outputs.ok()) return no_memory;
-  parallel_workers(workers, tasks, [&](std::int64_t task, std::int64_t worker) {
-    const std::int64_t panel = task / chunks.count, chunk = task % chunks.count,
-                       example = panels.example(panel);
-    const Shape<T>& shape = panels.shape(panel);
-    const std::int64_t steps = tile_steps(lines, shape, forward_tile_bytes);
-    T* input = inputs.get(worker);
-    T* output = outputs.get(worker);
-    shape.pack(in, example, 0, lines.length, input);
-    const std::int64_t end = chunks.first(chunk + 1);
-    for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
-      const std::int64_t last = std::min(end, first + block);
-      for (std::int64_t s = 0; s < lines.steps; s += steps)
-        shape.multiply({lines, first, last, s, std::min(lines.steps, s + steps)}, values, input,
-                       output);
-      if (bias || relu) shape.finish(first, last, bias, relu, output);
-      shape.unpack(output, example, first, last, out);
-    }
-  });
-  return {};
-}
-
-// Calls f(entry, its place in row order) for every entry of `lines`, in blocks of lines by grid
-// steps: rows of few entries are far apart in row order, and this way their cache lines are used
-// up before the walk goes on.
-template <class F>
-void for_each_place(const Lines& lines, int threads, F&& f) {
-  constexpr std::int64_t block = 256;
-  const std::int64_t steps = std::max<std::int64_t>(1, 128 / lines.step);
-  parallel_for(threads, ceil_div(lines.lines, block), [&](std::int64_t task) {
-    const std::int64_t first = task * block, last = std::min(lines.lines, first + block);
-    for (std::int64_t s = 0; s < lines.steps; s += steps) {
-      const std::int32_t* begin = lines.grid + s * lines.lines;
-      const std::int32_t* end = lines.grid + std::min(lines.steps, s + steps) * lines.lines;
-      for (std::int64_t l = first; l < last; ++l)
-        for (std::int64_t e = begin[l]; e < end[l]; ++e) f(e, lines.permutation[e]);
-    }
-  });
-}
-
-// The gradient of the values, in column order, and dx where it is wanted. A thread owns columns
-// and takes the panels in turn, so nothing is shared between threads, and sums have one order
-// whatever their number.
-template <class T>
-Status walk_columns(const Lines& lines, const T* by_column, Activations<const T> x,
-                    Activations<const T> dy, Activations<T> dx, T* gradient, int threads) {
-  const Panelling<T> panels(dy.examples);
-  // Every thread walks all panels of dy: they are packed once, a group at a time.
-  constexpr std::int64_t group = 32;
-  const std::int64_t panel_size = lines.length * panels.width();
-  Scratch<T> packed = allocate_scratch<T>(std::min(group, panels.count()) * panel_size);
-  const Chunks chunks{lines, std::min(lines.lines, threads * ceil_div(lines.lines, 512 * threads))};
-  const auto workers = static_cast<int>(std::min<std::int64_t>(threads, chunks.count));
-  const std::int64_t block = block_lines<T>(panels.width());
-  Panels<T> inputs(workers, std::min(block, lines.lines) * panels.width()),
-      outputs(workers, std::min(block, lines.lines) * panels.width());
-  if (!packed || !inputs.ok() || !outputs.ok()) return no_memory;
-  for (std::int64_t start = 0; start < panels.count(); start += group) {
-    const std::int64_t stop = std::min(panels.count(), start + group);
-    parallel_for(threads, stop - start, [&](std::int64_t p) {
-      panels.shape(start + p).pack(dy, panels.example(start + p), 0, lines.length,
-                                   packed.get() + p * panel_size);
-    });
-    parallel_workers(workers, chunks.count, [&](std::int64_t chunk, std::int64_t worker) {
-      T* input = inputs.get(worker);
-      T* output = outputs.get(worker);
-      const std::int64_t end = chunks.first(chunk + 1);
-      for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
-        const std::int64_t last = std::min(end, first + block);
-        for (std::int64_t p = start; p < stop; ++p) {
-          const Shape<T>& shape = panels.shape(p);
-          const std::int64_t example = panels.example(p),
-                             steps = tile_steps(lines, shape, backward_tile_bytes);
-          const T* panel = packed.get() + (p - start) * panel_size;
-          shape.pack(x, example, first, last, input);
-          for (std::int64_t s = 0; s < lines.steps; s += steps) {
-            const Tile tile{lines, first, last, s, std::min(lines.steps, s + steps)};
-            if (dx.data)
-              shape.fused(tile, by_column, panel, input, output, gradient);
-            else
-              shape.sample(tile, panel, input, gradient);
-          }
-          if (dx.data) shape.unpack(output, example, first, last, dx);
-        }
-      }
-    });
-  }
-  return {};
-}
-
-}  // namespace
 
 template <class T>
 Status forward(const Pattern& pattern, const T* values, const T* bias, bool relu,
                Activations<const T> x, Activations<T> y, int threads) {
-  threads = team(threads, pattern.rows.nnz, x.examples);
-  return multiply(pattern.rows, values, bias, relu, x, y, threads);
+  const Panelling<T> panels(x.examples);
+  return multiply(
+      pattern.rows, values, bias, relu, panels, team(threads, pattern.rows.nnz, x.examples),
+      [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
+        panels.shape(p).pack(x, panels.example(p), first, last, panel);
+      },
+      [&](std::int64_t p, std::int64_t first, std::int64_t last, const T* panel) {
+        panels.shape(p).unpack(panel, panels.example(p), first, last, y);
+      });
 }
 
 template <class T>
 Status backward(const Pattern& pattern, const T* values, Activations<const T> x,
                 Activations<const T> dy, Activations<T> dx, T* d_values, int threads) {
-  threads = team(threads, pattern.rows.nnz, dy.examples);
   const Lines& lines = pattern.columns;
-  const bool wants_dx = dx.data != nullptr, wants_values = d_values != nullptr;
-  Scratch<T> by_column, gradient;
-  if (wants_dx) {
-    if (!(by_column = allocate_scratch<T>(lines.nnz))) return no_memory;
-    for_each_place(lines, threads,
-                   [values, to = by_column.get()](std::int64_t e, std::int64_t place) {
-                     to[e] = values[place];
-                   });
-  }
-  if (!wants_values)
-    return wants_dx ? multiply<T>(lines, by_column.get(), nullptr, false, dy, dx, threads)
-                    : Status{};
-
-  if (!(gradient = allocate_scratch<T>(lines.nnz))) return no_memory;
-  std::memset(gradient.get(), 0, static_cast<std::size_t>(lines.nnz) * sizeof(T));
-  if (dy.examples > 0 && lines.lines > 0) {
-    const Status status = walk_columns(lines, by_column.get(), x, dy, dx, gradient.get(), threads);
-    if (!status.ok()) return status;
-  }
-  for_each_place(lines, threads,
-                 [d_values, from = gradient.get()](std::int64_t e, std::int64_t place) {
-                   d_values[place] = from[e];
-                 });
-  return {};
+  const Panelling<T> panels(dy.examples);
+  threads = team(threads, lines.nnz, dy.examples);
+  const auto loader = [&](const Activations<const T>& from) {
+    return [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
+      panels.shape(p).pack(from, panels.example(p), first, last, panel);
+    };
+  };
+  const auto store_dx = [&](std::int64_t p, std::int64_t first, std::int64_t last, const T* panel) {
+    panels.shape(p).unpack(panel, panels.example(p), first, last, dx);
+  };
+  return in_column_order(
+      lines, values, dx.data != nullptr, d_values, threads, [&](const T* by_column, T* gradient) {
+        if (!gradient && by_column)  // alone it is a product like the forward one
+          return multiply<T>(lines, by_column, nullptr, false, panels, threads, loader(dy),
+                             store_dx);
+        return walk_columns(lines, by_column, gradient, panels, 1, threads, loader(x), loader(dy),
+                            store_dx);
+      });
 }
 
 template Status forward<float>(const Pattern&, const float*, const float*, bool,

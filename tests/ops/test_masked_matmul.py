@@ -103,9 +103,15 @@ def test_forward(isa, problem, bias, relu):
     b = torch.randn(shape[0], dtype=dtype, generator=generator) if bias else None
     with _backend.isa(isa):
         y = jacpot.masked_matmul(
-            strided(x, problem["order"]), values, pattern, b, relu=relu, layout=problem["layout"]
+            strided(x, problem["order"]),
+            values,
+            pattern,
+            b,
+            relu=relu,
+            layout=problem["layout"],
+            method="sparse",
         )
-        again = jacpot.masked_matmul(x, values, pattern, b, relu=relu)
+        again = jacpot.masked_matmul(x, values, pattern, b, relu=relu, method="sparse")
     assert y.shape == (problem["examples"], shape[0])
     if problem["layout"] == "feature" and y.numel():
         assert y.t().is_contiguous()

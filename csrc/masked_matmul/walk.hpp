@@ -1,0 +1,254 @@
+// The walk that every sparse product takes over a batch: panels, tiles, and who does what. How
+// panels are read and written is the caller's, so that activations and images take the same way.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <type_traits>
+
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
+#include "masked_matmul/kernels.hpp"
+
+namespace jacpot::masked_matmul {
+
+inline constexpr Status no_memory{Code::out_of_memory, "no memory for the panels"};
+
+template <class T>
+const Kernels<T>& kernels() {
+  const KernelTable& table = active_table(static_cast<const KernelTable*>(nullptr));
+  if constexpr (std::is_same_v<T, float>)
+    return table.of_float;
+  else
+    return table.of_double;
+}
+
+// As many threads as have something to do: waking one costs some 10 us.
+inline int team(int threads, std::int64_t nnz, std::int64_t examples) {
+  constexpr std::int64_t products_per_thread = 1 << 17;
+  const std::int64_t useful = nnz * examples / products_per_thread + 1;
+  return static_cast<int>(std::min<std::int64_t>(threads, useful));
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Lines [first(c), first(c + 1)) hold a like number of entries for every chunk c.
+struct Chunks {
+  const Lines& lines;
+  std::int64_t count;
+  std::int64_t unit = 1;  // of which every chunk begins at a multiple
+
+  std::int64_t first(std::int64_t chunk) const {
+    // A line costs something even when it is empty: count it as one more entry.
+    const std::int64_t total = lines.nnz + lines.lines, goal = total * chunk / count;
+    std::int64_t low = 0, high = lines.lines;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (lines.offsets[middle] + middle < goal)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return chunk == count ? lines.lines : low / unit * unit;
+  }
+};
+
+// A piece of scratch for each thread.
+template <class T>
+class WorkerScratch {
+ public:
+  WorkerScratch(int threads, std::int64_t size)
+      : size_(size), memory_(allocate_scratch<T>(size * threads)) {}
+  bool ok() const { return memory_ != nullptr; }
+  T* get(std::int64_t worker) const { return memory_.get() + worker * size_; }
+
+ private:
+  std::int64_t size_;
+  Scratch<T> memory_;
+};
+
+// Runs body(task, worker) for every task: `worker` is below `threads` and no two tasks at a
+// time share one, so it can name a piece of scratch.
+template <class F>
+void parallel_workers(int threads, std::int64_t tasks, F&& body) {
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, std::min<std::int64_t>(threads, tasks), [&](std::int64_t worker) {
+    for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      body(task, worker);
+  });
+}
+
+// Examples in panels: all of the widest shape but the last, which takes the narrowest that holds
+// what is left.
+template <class T>
+class Panelling {
+ public:
+  explicit Panelling(std::int64_t examples) : examples_(examples) {}
+  std::int64_t width() const { return shape_for(examples_).width; }
+  std::int64_t count() const { return ceil_div(examples_, width()); }
+  std::int64_t example(std::int64_t panel) const { return panel * width(); }
+  const Shape<T>& shape(std::int64_t panel) const { return shape_for(examples_ - example(panel)); }
+
+ private:
+  static const Shape<T>& shape_for(std::int64_t examples) {
+    const Kernels<T>& k = kernels<T>();
+    int i = 0;
+    while (i + 1 < k.count && k.shapes[i].width < examples) ++i;
+    return k.shapes[i];
+  }
+  std::int64_t examples_;
+};
+
+// Grid steps of a tile: as many as `bytes` of the panel hold, and enough that the entries of a
+// line in it outweigh reading and writing the line's sums.
+template <class T>
+std::int64_t tile_steps(const Lines& lines, const Shape<T>& shape, std::int64_t bytes) {
+  const std::int64_t row_bytes = shape.width * static_cast<std::int64_t>(sizeof(T));
+  return std::max<std::int64_t>(2, bytes / (row_bytes * lines.step));
+}
+
+// Measured: somewhat more than the first-level cache forward, where one load feeds one FMA; a
+// part of the second-level cache for the fused backward, where it feeds two.
+inline constexpr std::int64_t forward_tile_bytes = 40 << 10, backward_tile_bytes = 256 << 10;
+inline constexpr std::int64_t block_bytes = 256 << 10;  // of the lines that are walked in a tile
+
+template <class T>
+std::int64_t block_lines(std::int64_t width) {
+  return std::max<std::int64_t>(16, block_bytes / (width * static_cast<std::int64_t>(sizeof(T))));
+}
+
+// The product of `lines` with every panel of the batch. `load(panel, first, last, to)` fetches
+// features of a panel, `store(panel, first, last, from)` takes lines of the result.
+template <class T, class Batch, class Load, class Store>
+Status multiply(const Lines& lines, const T* values, const T* bias, bool relu, const Batch& panels,
+                int threads, Load&& load, Store&& store) {
+  if (panels.count() == 0 || lines.lines == 0) return {};
+  // Chunks of lines only where panels alone don't share out well.
+  Chunks chunks{lines, 1};
+  while (panels.count() * chunks.count % threads != 0 &&
+         panels.count() * chunks.count < 4 * threads)
+    ++chunks.count;
+  const std::int64_t tasks = panels.count() * chunks.count, block = block_lines<T>(panels.width());
+  const auto workers = static_cast<int>(std::min<std::int64_t>(threads, tasks));
+  WorkerScratch<T> inputs(workers, lines.length * panels.width()),
+      outputs(workers, std::min(block, lines.lines) * panels.width());
+  if (!inputs.ok() || !outputs.ok()) return no_memory;
+  parallel_workers(workers, tasks, [&](std::int64_t task, std::int64_t worker) {
+    const std::int64_t panel = task / chunks.count, chunk = task % chunks.count;
+    const Shape<T>& shape = panels.shape(panel);
+    const std::int64_t steps = tile_steps(lines, shape, forward_tile_bytes);
+    T* input = inputs.get(worker);
+    T* output = outputs.get(worker);
+    load(panel, 0, lines.length, input);
+    const std::int64_t end = chunks.first(chunk + 1);
+    for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
+      const std::int64_t last = std::min(end, first + block);
+      for (std::int64_t s = 0; s < lines.steps; s += steps)
+        shape.multiply({lines, first, last, s, std::min(lines.steps, s + steps)}, values, input,
+                       output);
+      if (bias || relu) shape.finish(first, last, bias, relu, output);
+      store(panel, first, last, output);
+    }
+  });
+  return {};
+}
+
+// Calls f(entry, its place in row order) for every entry of `lines`, in blocks of lines by grid
+// steps: rows of few entries are far apart in row order, and this way their cache lines are used
+// up before the walk goes on.
+template <class F>
+void for_each_place(const Lines& lines, int threads, F&& f) {
+  constexpr std::int64_t block = 256;
+  const std::int64_t steps = std::max<std::int64_t>(1, 128 / lines.step);
+  parallel_for(threads, ceil_div(lines.lines, block), [&](std::int64_t task) {
+    const std::int64_t first = task * block, last = std::min(lines.lines, first + block);
+    for (std::int64_t s = 0; s < lines.steps; s += steps) {
+      const std::int32_t* begin = lines.grid + s * lines.lines;
+      const std::int32_t* end = lines.grid + std::min(lines.steps, s + steps) * lines.lines;
+      for (std::int64_t l = first; l < last; ++l)
+        for (std::int64_t e = begin[l]; e < end[l]; ++e) f(e, lines.permutation[e]);
+    }
+  });
+}
+
+// Gradients by columns: of the values, in column order, where `gradient` is not null, and dx where
+// `by_column`, the values in that order, is not null. A thread owns columns and takes the panels
+// in turn, so nothing is shared between threads, and sums have one order whatever their number.
+// Columns are shared out in multiples of `unit`.
+template <class T, class Batch, class LoadX, class LoadDy, class StoreDx>
+Status walk_columns(const Lines& lines, const T* by_column, T* gradient, const Batch& panels,
+                    std::int64_t unit, int threads, LoadX&& load_x, LoadDy&& load_dy,
+                    StoreDx&& store_dx) {
+  if (panels.count() == 0 || lines.lines == 0) return {};
+  // Every thread walks all panels of dy: they are packed once, a group at a time.
+  constexpr std::int64_t group = 32;
+  const std::int64_t panel_size = lines.length * panels.width();
+  Scratch<T> packed = allocate_scratch<T>(std::min(group, panels.count()) * panel_size);
+  const Chunks chunks{lines, std::min(lines.lines, threads * ceil_div(lines.lines, 512 * threads)),
+                      unit};
+  const auto workers = static_cast<int>(std::min<std::int64_t>(threads, chunks.count));
+  const std::int64_t block = block_lines<T>(panels.width());
+  WorkerScratch<T> inputs(workers, std::min(block, lines.lines) * panels.width()),
+      outputs(workers, std::min(block, lines.lines) * panels.width());
+  if (!packed || !inputs.ok() || !outputs.ok()) return no_memory;
+  for (std::int64_t start = 0; start < panels.count(); start += group) {
+    const std::int64_t stop = std::min(panels.count(), start + group);
+    parallel_for(threads, stop - start, [&](std::int64_t p) {
+      load_dy(start + p, 0, lines.length, packed.get() + p * panel_size);
+    });
+    parallel_workers(workers, chunks.count, [&](std::int64_t chunk, std::int64_t worker) {
+      T* input = inputs.get(worker);
+      T* output = outputs.get(worker);
+      const std::int64_t end = chunks.first(chunk + 1);
+      for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
+        const std::int64_t last = std::min(end, first + block);
+        for (std::int64_t p = start; p < stop; ++p) {
+          const Shape<T>& shape = panels.shape(p);
+          const std::int64_t steps = tile_steps(lines, shape, backward_tile_bytes);
+          const T* panel = packed.get() + (p - start) * panel_size;
+          if (gradient) load_x(p, first, last, input);
+          for (std::int64_t s = 0; s < lines.steps; s += steps) {
+            const Tile tile{lines, first, last, s, std::min(lines.steps, s + steps)};
+            if (by_column && gradient)
+              shape.fused(tile, by_column, panel, input, output, gradient);
+            else if (by_column)
+              shape.multiply(tile, by_column, panel, output);
+            else
+              shape.sample(tile, panel, input, gradient);
+          }
+          if (by_column) store_dx(p, first, last, output);
+        }
+      }
+    });
+  }
+  return {};
+}
+
+// Runs body(values in column order or null, gradient in column order or null) between the
+// permutations into and out of column order.
+template <class T, class F>
+Status in_column_order(const Lines& lines, const T* values, bool wants_dx, T* d_values, int threads,
+                       F&& body) {
+  Scratch<T> by_column, gradient;
+  if (wants_dx) {
+    if (!(by_column = allocate_scratch<T>(lines.nnz))) return no_memory;
+    for_each_place(lines, threads,
+                   [values, to = by_column.get()](std::int64_t e, std::int64_t place) {
+                     to[e] = values[place];
+                   });
+  }
+  if (d_values) {
+    if (!(gradient = allocate_scratch<T>(lines.nnz))) return no_memory;
+    std::memset(gradient.get(), 0, static_cast<std::size_t>(lines.nnz) * sizeof(T));
+  }
+  const Status status = body(by_column.get(), gradient.get());
+  if (status.ok() && d_values)
+    for_each_place(lines, threads,
+                   [d_values, from = gradient.get()](std::int64_t e, std::int64_t place) {
+                     d_values[place] = from[e];
+                   });
+  return status;
+}
+
+}  // namespace jacpot::masked_matmul
