@@ -154,7 +154,9 @@ def _run(record: Record, settings: Settings, parts: Split, seeds: int, console: 
         return sum(seed in record.runs for seed in range(seeds))
 
     if done():
-        console.print(f"[dim]{record.folder} already holds {done()} of {seeds} seeds[/]")
+        console.print(
+            f"[dim]{record.folder} already holds {done()} of {seeds} seeds[/]", soft_wrap=True
+        )
     columns = (
         TextColumn("{task.fields[name]}"),
         BarColumn(bar_width=24),
