@@ -13,9 +13,20 @@ ROOT = Path(__file__).parents[1] / "csrc"
 FOREIGN = re.compile(r"^(pybind11|torch|ATen|c10|Python\.h)")
 
 
+def importers_of_core() -> list[str]:
+    """Only the backend touches the compiled extension."""
+    python = ROOT.parent / "python" / "jacpot"
+    pattern = re.compile(r"^\s*(from|import)\b.*\b_core\b", re.MULTILINE)
+    return [
+        f"{path.relative_to(ROOT.parent)}: only _backend.py may import _core"
+        for path in sorted(python.rglob("*.py"))
+        if path.name != "_backend.py" and pattern.search(path.read_text())
+    ]
+
+
 def main() -> int:
     folders = {p.name for p in ROOT.iterdir() if p.is_dir()}
-    errors = []
+    errors = importers_of_core()
     for path in sorted(p for p in ROOT.rglob("*") if p.suffix in {".cpp", ".hpp", ".cu", ".cuh"}):
         own = path.relative_to(ROOT).parts[0]
         allowed = folders if own == "bindings" else {own, "common"}

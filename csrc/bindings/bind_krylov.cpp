@@ -198,8 +198,8 @@ py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py:
       status = krylov::minres(a, damping, count, b_data, x_data, control, residual_norms.data(),
                               &report);
     else if (method == "lsmr")
-      status = krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(),
-                            &report);
+      status =
+          krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(), &report);
     else
       status = {Code::invalid_argument, "unknown method"};
   }

@@ -36,13 +36,13 @@ def cuda() -> Any:
     NotImplementedError
         If the extension was built without them.
     """
-    try:
-        return core.cuda
-    except AttributeError:
+    kernels = getattr(core, "cuda", None)
+    if kernels is None:
         raise NotImplementedError(
             "this jacpot was built without CUDA: build it where nvcc is on PATH with "
             "`pip install . -C cmake.define.JACPOT_CUDA=ON`, or move the tensors to the CPU"
-        ) from None
+        )
+    return kernels
 
 
 def queue(tensor: torch.Tensor) -> tuple[int, int]:
