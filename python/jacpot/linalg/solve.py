@@ -139,7 +139,7 @@ def solve(
     if method == "cholesky":
         preconditioner = Cholesky()
     prepared = prepare(preconditioner, a, damping)
-    inverse = prepared.inverse
+    inverse: Any = None if prepared.inverse is None else prepared.inverse._core()
     setup = time.perf_counter() - setup
     columns = (columns / scale).contiguous()
     x = x.contiguous()
@@ -149,7 +149,7 @@ def solve(
         columns.numpy(),
         x.numpy(),
         float(damping),
-        None if inverse is None else inverse._core(),
+        inverse,
         float(tol),
         min(10 * a.shape[1], 20_000) if max_iter is None else int(max_iter),
         threads(),

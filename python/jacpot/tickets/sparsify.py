@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from jacpot.nn import sparsify as to_sparse_layers
+from jacpot.nn.sparsify import sparsify as to_sparse_layers
 from jacpot.tickets.parametrization import applied_mask, apply, checked_mask, remove
 
 __all__ = ["sparsify"]
