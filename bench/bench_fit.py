@@ -8,6 +8,7 @@ counts. The peer also stops after ``--patience`` times our seconds, and says how
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from jacpot.tangent.operators import JacobianOperator, KernelOperator
 
 @dataclass(frozen=True)
 class Case:
+    """A network, its data and the accuracy asked for."""
+
     examples: int
     widths: tuple[int, ...]
     ridge: float  # of the kernel's mean diagonal
@@ -45,7 +48,7 @@ def network(widths: tuple[int, ...]) -> nn.Sequential:
     torch.manual_seed(0)
     sizes = (784, *widths, 10)
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
