@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from bench_ntk import masked_module, mlp
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 import jacpot
+from jacpot.ops import jacobian as ops
+from jacpot.ops import jacobian_gram
 
 
 def products(report: Report, n: int, budget: float, density: float | None = None) -> None:
@@ -143,7 +146,24 @@ def gradients(report: Report, name: str, module: nn.Module, x: Tensor, budget: f
         report.compare(f"gradients, {name}, N={len(x)}", contenders, budget=budget)
 
 
-CASES = ("products-1000", "products-10000", "masked-1000", "masked-10000", "gradients")
+def positions(report: Report, budget: float) -> None:
+    """Time both ways of a layer with positions; the cost model is right where its choice wins."""
+    n, k = 48, 10
+    for t, i, o in [(4, 256, 256), (16, 256, 256), (64, 576, 64), (64, 1152, 128), (256, 144, 16)]:
+        torch.manual_seed(0)
+        block = ops.Factors(torch.randn(n, t, 1, i), torch.randn(n, k, t, 1, o))
+
+        def way(pairwise: bool, block: ops.Factors = block) -> Tensor:
+            with patch.object(jacobian_gram, "pairwise_is_cheaper", lambda *_: pairwise):
+                return ops.gram([block], outputs="trace")
+
+        choice = jacobian_gram.pairwise_is_cheaper(block, block, "trace", True)
+        name = f"trace, N={n} K={k} T={t} I={i} O={o}, chosen: {'pairs' if choice else 'rows'}"
+        ways = {"pairs": lambda way=way: way(True), "rows": lambda way=way: way(False)}
+        report.compare(name, ways, budget=budget / 5)
+
+
+CASES = ("products-1000", "products-10000", "masked-1000", "masked-10000", "positions", "gradients")
 
 
 def main() -> None:
@@ -160,6 +180,8 @@ def main() -> None:
             products(report, int(n), budget)
         elif kind == "masked":
             products(report, int(n), budget, density=0.1)
+        elif kind == "positions":
+            positions(report, budget)
         else:
             torch.manual_seed(0)
             gradients(

@@ -45,57 +45,137 @@ void for_examples(int threads, std::int64_t count, std::int64_t work, F&& body) 
   });
 }
 
-}  // namespace
+template <class T>
+void add_bias(const ProductLayer<T>& l, const T* bias, T* z) {
+  const std::int64_t units = l.groups * l.outputs;
+  for (std::int64_t t = 0; t < l.positions; ++t)
+    for (std::int64_t o = 0; o < units; ++o) z[t * units + o] += bias[o];
+}
+
+// What a worker of a sparse product holds of a few examples: V a or Σ_k u_k δ_k, (R, examples,
+// T·G·O), which stays in its cache, and packed blocks of activations and of that.
+template <class T>
+struct Worker {
+  std::int64_t length, examples, stride, pack_size, size;
+
+  Worker(const ProductLayer<T>& l, std::int64_t r, std::int64_t block)
+      : length(l.positions * l.groups * l.outputs),
+        examples(std::max<std::int64_t>(1, block / std::max<std::int64_t>(1, l.positions))),
+        stride(examples * length),
+        pack_size((l.inputs + l.outputs) * block),
+        size((r * stride + pack_size + 63) / 64 * 64) {}
+};
 
 template <class T>
-Status jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
-  if (l.n == 0 || l.k == 0 || r == 0) return {};
+Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
   const auto& kernel = kernels(v);
-  const std::int64_t units = l.groups * l.outputs, parameters = l.parameters(),
-                     weights = l.weights();
-  const std::int64_t block = kernel.forward_block;
-  Between<T> z(l, r);
-  const std::int64_t pack_size = l.row_offsets ? (l.inputs + l.outputs) * block : 0;
-  const Scratch<T> packed = allocate_scratch<T>(pack_size * threads);
-  if (!z.data || !packed) return no_memory;
-  for (std::int64_t first = 0; first < l.n; first += z.examples) {
-    const std::int64_t examples = std::min(z.examples, l.n - first), rows = examples * l.positions;
-    const T* x = l.activations + first * l.positions * l.groups * l.inputs;
-    for (std::int64_t g = 0; g < l.groups; ++g) {
-      const T* from = x + g * l.inputs;
-      T* to = z.data.get() + g * l.outputs;
-      if (l.row_offsets) {
-        const std::int64_t blocks = (rows + block - 1) / block,
-                           each = (blocks + threads - 1) / threads;
-        parallel_for(threads, threads, [&](std::int64_t worker) {
-          T* x_packed = packed.get() + worker * pack_size;
-          for (std::int64_t b = worker * each; b < std::min(blocks, (worker + 1) * each); ++b) {
-            const std::int64_t count = std::min(block, rows - b * block);
-            kernel.pack(from + b * block * l.groups * l.inputs, l.groups * l.inputs, count,
-                        l.inputs, block, x_packed);
-            for (std::int64_t j = 0; j < r; ++j)
-              kernel.multiply(
-                  x_packed, l.row_offsets + g * l.outputs, l.columns, v + j * parameters, l.outputs,
-                  count, to + j * z.stride + b * block * units, units, x_packed + l.inputs * block);
-          }
-        });
-      } else {
-        for (std::int64_t j = 0; j < r; ++j) {
-          const Status status =
-              blas::gemm(false, true, rows, l.outputs, l.inputs, T(1), from, l.groups * l.inputs,
-                         v + j * parameters + g * l.outputs * l.inputs, l.inputs, T(0),
-                         to + j * z.stride, units);
-          if (!status.ok()) return status;
+  const std::int64_t block = kernel.forward_block, units = l.groups * l.outputs,
+                     width = l.groups * l.inputs, parameters = l.parameters();
+  const Worker<T> held(l, r, block);
+  const Scratch<T> memory = allocate_scratch<T>(held.size * threads);
+  if (!memory) return no_memory;
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, threads, [&](std::int64_t worker) {
+    T* z = memory.get() + worker * held.size;
+    T* x = z + r * held.stride;
+    for (std::int64_t first;
+         (first = next.fetch_add(held.examples, std::memory_order_relaxed)) < l.n;) {
+      const std::int64_t examples = std::min(held.examples, l.n - first);
+      const std::int64_t rows = examples * l.positions;
+      const T* from = l.activations + first * l.positions * width;
+      for (std::int64_t g = 0; g < l.groups; ++g)
+        for (std::int64_t row = 0; row < rows; row += block) {
+          const std::int64_t count = std::min(block, rows - row);
+          kernel.pack(from + row * width + g * l.inputs, width, count, l.inputs, block, x);
+          for (std::int64_t j = 0; j < r; ++j)
+            kernel.multiply(x, l.row_offsets + g * l.outputs, l.columns, v + j * parameters,
+                            l.outputs, count, z + j * held.stride + row * units + g * l.outputs,
+                            units, x + l.inputs * block);
         }
+      for (std::int64_t i = 0; i < examples; ++i) {
+        T* own = z + i * held.length;
+        for (std::int64_t j = 0; l.bias && j < r; ++j)
+          add_bias(l, v + j * parameters + l.weights(), own + j * held.stride);
+        kernel.dot(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, held.length,
+                   own, r, held.stride, l.squared, out + (first + i) * l.k * r);
       }
     }
+  });
+  return {};
+}
+
+template <class T>
+Status sparse_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
+  const auto& kernel = kernels(u);
+  const std::int64_t block = kernel.backward_block, units = l.groups * l.outputs,
+                     width = l.groups * l.inputs, parameters = l.parameters();
+  const Worker<T> held(l, r, block);
+  const Scratch<T> memory = allocate_scratch<T>(held.size * threads);
+  // Every worker adds into a copy of its own, always of the same examples: results repeat exactly.
+  const Scratch<T> partial = allocate_scratch<T>(r * parameters * threads);
+  if (!memory || !partial) return no_memory;
+  const std::int64_t each = (l.n + threads - 1) / threads;
+  parallel_for(threads, threads, [&](std::int64_t worker) {
+    T* w = memory.get() + worker * held.size;
+    T* x = w + r * held.stride;
+    T* w_packed = x + l.inputs * block;
+    T* sums = partial.get() + worker * r * parameters;
+    std::fill_n(sums, r * parameters, T(0));
+    const std::int64_t end = std::min(l.n, (worker + 1) * each);
+    for (std::int64_t first = worker * each; first < end; first += held.examples) {
+      const std::int64_t examples = std::min(held.examples, end - first);
+      const std::int64_t rows = examples * l.positions;
+      const T* from = l.activations + first * l.positions * width;
+      for (std::int64_t i = 0; i < examples; ++i)
+        kernel.combine(l.signals + (first + i) * l.signals_example, l.k, l.signals_output,
+                       held.length, u + (first + i) * l.k * r, r, held.stride, l.squared,
+                       w + i * held.length);
+      for (std::int64_t g = 0; g < l.groups; ++g)
+        for (std::int64_t row = 0; row < rows; row += block) {
+          const std::int64_t count = std::min(block, rows - row);
+          kernel.pack(from + row * width + g * l.inputs, width, count, l.inputs, block, x);
+          for (std::int64_t j = 0; j < r; ++j) {
+            kernel.pack(w + j * held.stride + row * units + g * l.outputs, units, count, l.outputs,
+                        block, w_packed);
+            kernel.sample(w_packed, x, l.row_offsets + g * l.outputs, l.columns, l.outputs,
+                          sums + j * parameters);
+          }
+        }
+      for (std::int64_t j = 0; l.bias && j < r; ++j)
+        for (std::int64_t row = 0; row < rows; ++row)
+          for (std::int64_t o = 0; o < units; ++o)
+            sums[j * parameters + l.weights() + o] += w[j * held.stride + row * units + o];
+    }
+  });
+  std::copy_n(partial.get(), r * parameters, out);
+  for (std::int64_t worker = 1; worker < threads; ++worker)
+    for (std::int64_t e = 0; e < r * parameters; ++e)
+      out[e] += partial[worker * r * parameters + e];
+  return {};
+}
+
+template <class T>
+Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
+  const auto& kernel = kernels(v);
+  const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
+                     parameters = l.parameters();
+  Between<T> z(l, r);
+  if (!z.data) return no_memory;
+  for (std::int64_t first = 0; first < l.n; first += z.examples) {
+    const std::int64_t examples = std::min(z.examples, l.n - first), rows = examples * l.positions;
+    const T* x = l.activations + first * l.positions * width;
+    for (std::int64_t g = 0; g < l.groups; ++g)
+      for (std::int64_t j = 0; j < r; ++j) {
+        const Status status =
+            blas::gemm(false, true, rows, l.outputs, l.inputs, T(1), x + g * l.inputs, width,
+                       v + j * parameters + g * l.outputs * l.inputs, l.inputs, T(0),
+                       z.data.get() + j * z.stride + g * l.outputs, units);
+        if (!status.ok()) return status;
+      }
     for_examples(threads, examples, l.k * z.length, [&](std::int64_t i) {
       T* own = z.data.get() + i * z.length;
-      if (l.bias)
-        for (std::int64_t j = 0; j < r; ++j)
-          for (std::int64_t t = 0; t < l.positions; ++t)
-            for (std::int64_t o = 0; o < units; ++o)
-              own[j * z.stride + t * units + o] += v[j * parameters + weights + o];
+      for (std::int64_t j = 0; l.bias && j < r; ++j)
+        add_bias(l, v + j * parameters + l.weights(), own + j * z.stride);
       kernel.dot(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, z.length, own,
                  r, z.stride, l.squared, out + (first + i) * l.k * r);
     });
@@ -104,70 +184,57 @@ Status jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int thr
 }
 
 template <class T>
-Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
-  const std::int64_t units = l.groups * l.outputs, parameters = l.parameters(),
-                     weights = l.weights();
-  std::fill_n(out, r * parameters, T(0));
-  if (l.n == 0 || r == 0) return {};
+Status dense_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
   const auto& kernel = kernels(u);
-  const std::int64_t block = kernel.backward_block;
+  const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
+                     parameters = l.parameters();
   Between<T> w(l, r);
-  const std::int64_t pack_size = l.row_offsets ? (l.inputs + l.outputs) * block : 0;
-  const Scratch<T> packed = allocate_scratch<T>(pack_size * threads);
-  // Every worker adds into a copy of its own, always of the same blocks: results repeat exactly.
-  const Scratch<T> partial = allocate_scratch<T>(l.row_offsets ? r * weights * threads : 0);
-  if (!w.data || !packed || !partial) return no_memory;
-  if (l.row_offsets) std::fill_n(partial.get(), r * weights * threads, T(0));
+  if (!w.data) return no_memory;
+  std::fill_n(out, r * parameters, T(0));
   for (std::int64_t first = 0; first < l.n; first += w.examples) {
     const std::int64_t examples = std::min(w.examples, l.n - first), rows = examples * l.positions;
-    const T* x = l.activations + first * l.positions * l.groups * l.inputs;
+    const T* x = l.activations + first * l.positions * width;
     for_examples(threads, examples, l.k * w.length, [&](std::int64_t i) {
       kernel.combine(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, w.length,
                      u + (first + i) * l.k * r, r, w.stride, l.squared,
                      w.data.get() + i * w.length);
     });
-    for (std::int64_t g = 0; g < l.groups; ++g) {
-      const T* from = x + g * l.inputs;
-      const T* to = w.data.get() + g * l.outputs;
-      if (l.row_offsets) {
-        const std::int64_t blocks = (rows + block - 1) / block,
-                           each = (blocks + threads - 1) / threads;
-        parallel_for(threads, threads, [&](std::int64_t worker) {
-          T* x_packed = packed.get() + worker * pack_size;
-          T* w_packed = x_packed + l.inputs * block;
-          for (std::int64_t b = worker * each; b < std::min(blocks, (worker + 1) * each); ++b) {
-            const std::int64_t count = std::min(block, rows - b * block);
-            kernel.pack(from + b * block * l.groups * l.inputs, l.groups * l.inputs, count,
-                        l.inputs, block, x_packed);
-            for (std::int64_t j = 0; j < r; ++j) {
-              kernel.pack(to + j * w.stride + b * block * units, units, count, l.outputs, block,
-                          w_packed);
-              kernel.sample(w_packed, x_packed, l.row_offsets + g * l.outputs, l.columns, l.outputs,
-                            partial.get() + (worker * r + j) * weights);
-            }
-          }
-        });
-      } else {
-        for (std::int64_t j = 0; j < r; ++j) {
-          const Status status = blas::gemm(
-              true, false, l.outputs, l.inputs, rows, T(1), to + j * w.stride, units, from,
-              l.groups * l.inputs, T(1), out + j * parameters + g * l.outputs * l.inputs, l.inputs);
-          if (!status.ok()) return status;
-        }
+    for (std::int64_t g = 0; g < l.groups; ++g)
+      for (std::int64_t j = 0; j < r; ++j) {
+        const Status status =
+            blas::gemm(true, false, l.outputs, l.inputs, rows, T(1),
+                       w.data.get() + j * w.stride + g * l.outputs, units, x + g * l.inputs, width,
+                       T(1), out + j * parameters + g * l.outputs * l.inputs, l.inputs);
+        if (!status.ok()) return status;
       }
-    }
+    constexpr std::int64_t span = 64;
     if (l.bias)
-      for (std::int64_t j = 0; j < r; ++j)
+      parallel_for(threads, r * ((units + span - 1) / span), [&](std::int64_t task) {
+        const std::int64_t j = task % r, begin = task / r * span;
+        T* sums = out + j * parameters + l.weights();
         for (std::int64_t row = 0; row < rows; ++row)
-          for (std::int64_t o = 0; o < units; ++o)
-            out[j * parameters + weights + o] += w.data[j * w.stride + row * units + o];
+          for (std::int64_t o = begin; o < std::min(units, begin + span); ++o)
+            sums[o] += w.data[j * w.stride + row * units + o];
+      });
   }
-  if (l.row_offsets)
-    for (std::int64_t worker = 0; worker < threads; ++worker)
-      for (std::int64_t j = 0; j < r; ++j)
-        for (std::int64_t e = 0; e < weights; ++e)
-          out[j * parameters + e] += partial[(worker * r + j) * weights + e];
   return {};
+}
+
+}  // namespace
+
+template <class T>
+Status jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
+  if (l.n == 0 || l.k == 0 || r == 0) return {};
+  return (l.row_offsets ? sparse_jvp<T> : dense_jvp<T>)(l, v, r, out, threads);
+}
+
+template <class T>
+Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
+  if (l.n == 0 || r == 0) {
+    std::fill_n(out, r * l.parameters(), T(0));
+    return {};
+  }
+  return (l.row_offsets ? sparse_vjp<T> : dense_vjp<T>)(l, u, r, out, threads);
 }
 
 template <class T>

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jacpot._backend import build_info, isa
 from jacpot.ops import jacobian as ops
+from jacpot.ops import jacobian_gram
 from jacpot.reference import jacobian as reference
 
 ISAS = build_info()["isas_supported"]
@@ -158,6 +159,30 @@ def test_gram_of_many_examples_is_what_rows_give():
                 with isa(name):
                     actual = ops.gram([ops.Factors(a, s, bias=True)], outputs=outputs)
                 assert_close(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+def test_both_ways_with_positions(outputs, monkeypatch):
+    """Pairs of positions and generated rows are chosen by cost alone."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(21, 7, 2, 19, generator=generator, dtype=torch.float64)
+    s = torch.randn(21, 3, 7, 2, 11, generator=generator, dtype=torch.float64)
+    mask = torch.rand(22, 19, generator=generator) < 0.5
+    for kept in (None, mask):
+        pattern = None if kept is None else Kept(kept)
+        expected = reference.rows(a, s, kept, bias=True)
+        expected = reference.gram(expected, expected, outputs)
+        for pairwise in (True, False):
+            monkeypatch.setattr(jacobian_gram, "pairwise_is_cheaper", lambda *_, way=pairwise: way)
+            actual = ops.gram([ops.Factors(a, s, pattern, bias=True)], outputs=outputs)
+            assert_close(actual, expected, torch.float64)
+
+
+def test_cost_model_prefers_pairs_for_few_positions_and_rows_for_many():
+    few = ops.Factors(torch.ones(32, 4, 1, 256), torch.ones(32, 10, 4, 1, 256))
+    many = ops.Factors(torch.ones(32, 400, 1, 27), torch.ones(32, 10, 400, 1, 16))
+    assert jacobian_gram.pairwise_is_cheaper(few, few, "trace", True)
+    assert not jacobian_gram.pairwise_is_cheaper(many, many, "trace", True)
 
 
 def test_gram_writes_into_out():
