@@ -106,7 +106,7 @@ class JacobianOperator(LinearOperator):
             for block in self.blocks
         )
         step = max(1, SLICE_BYTES // (8 * max(1, per_example)))
-        for begin in range(0, self.n_examples, step):
+        for begin in range(0, max(1, self.n_examples), step):  # no examples are a slice, too
             end = min(begin + step, self.n_examples)
             yield begin, end, [_at(block, slice(begin, end), self.dtype) for block in self.blocks]
 
@@ -180,6 +180,12 @@ class KernelOperator(LinearOperator):
         at = inverse * k + indices % k
         whole = len(at) == columns.shape[1] and bool((at == torch.arange(len(at))).all())
         return columns if whole else columns[:, at]
+
+    def _dense(self) -> Tensor:
+        if self.jacobian.dtype == self.jacobian.own_dtype and self.jacobian.blocks:
+            full: Tensor = gram(self.jacobian.blocks)
+            return full.reshape(self.shape)
+        return self._columns(torch.arange(self.shape[0]))
 
     def _diagonal(self) -> Tensor:
         return (
