@@ -182,10 +182,13 @@ class KernelOperator(LinearOperator):
         return columns if whole else columns[:, at]
 
     def _dense(self) -> Tensor:
-        if self.jacobian.dtype == self.jacobian.own_dtype and self.jacobian.blocks:
-            full: Tensor = gram(self.jacobian.blocks)
-            return full.reshape(self.shape)
-        return self._columns(torch.arange(self.shape[0]))
+        if not self.jacobian.blocks or 0 in self.shape:
+            return torch.zeros(self.shape, dtype=self.dtype)
+        _, end, blocks = next(self.jacobian.slices())
+        if end < self.jacobian.n_examples:
+            return self._columns(torch.arange(self.shape[0]))
+        full: Tensor = gram(blocks)  # symmetric: half of it is computed
+        return full.reshape(self.shape)
 
     def _diagonal(self) -> Tensor:
         return (
