@@ -26,7 +26,7 @@ from jacpot.tangent.operators import JacobianOperator, KernelOperator
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its data and the accuracy asked for."""
+    """A network, how much of MNIST, and how well it is to be solved."""
 
     examples: int
     widths: tuple[int, ...]

@@ -87,12 +87,15 @@ class Callback final : public Operator {
 // Keeps the array alive that the C++ operator reads.
 class Dense final : public Operator {
  public:
-  Dense(py::handle matrix, int threads) : array_(matrix, "operator") {
+  Dense(py::handle matrix, bool symmetric, int threads) : array_(matrix, "operator") {
     array_.expect_cpu().expect_shape({Array::any, Array::any});
     operator_ = dispatch_float(array_, [&]<class T>() {
       const auto view = array_.view<const T, 2>();
       if (view.stride[1] != 1 && view.shape[1] > 1) array_.expect_contiguous();
-      return krylov::dense_operator(view, checked_threads(threads));
+      if (symmetric && view.shape[0] != view.shape[1])
+        throw py::value_error("argument 'operator' must be square to be symmetric, got shape " +
+                              array_.shape_text());
+      return krylov::dense_operator(view, symmetric, checked_threads(threads));
     });
   }
   std::int64_t rows() const override { return operator_->rows(); }
@@ -225,7 +228,8 @@ void bind_krylov(py::module_& m) {
       .def_property_readonly("rows", &Operator::rows)
       .def_property_readonly("columns", &Operator::columns);
   py::class_<Dense, Operator>(m, "DenseOperator", "A dense float32 or float64 matrix.")
-      .def(py::init<py::handle, int>(), py::arg("matrix"), py::arg("threads"));
+      .def(py::init<py::handle, bool, int>(), py::arg("matrix"), py::arg("symmetric"),
+           py::arg("threads"));
   py::class_<Callback, Operator>(
       m, "CallbackOperator", "Products by Python functions apply(x, out, full) on float64 arrays.")
       .def(py::init<std::int64_t, std::int64_t, py::object, py::object, double, double>(),

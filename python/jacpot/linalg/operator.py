@@ -136,6 +136,8 @@ class DenseOperator(LinearOperator):
     tensor([2., 3.])
     """
 
+    symmetric = False  # set by the methods that take it for granted
+
     def __init__(self, matrix: Any) -> None:
         tensor = _as_tensor(matrix, "operator")
         if tensor.ndim != 2:
@@ -162,7 +164,7 @@ class DenseOperator(LinearOperator):
         return self.matrix.diagonal()
 
     def _core(self) -> Any:
-        return core.DenseOperator(self.matrix.numpy(), threads())
+        return core.DenseOperator(self.matrix.numpy(), self.symmetric, threads())
 
     def _dense(self) -> Tensor:
         return self.matrix

@@ -123,6 +123,9 @@ def solve(
     a = as_operator(operator, rhs)
     _check_arguments(a, b, damping, tol, max_iter)
     method = _choose(method, a, preconditioner is not None)
+    if isinstance(a, DenseOperator) and method != "lsmr":
+        a = DenseOperator(a.matrix)
+        a.symmetric = True
     columns = b.double() if b.ndim == 2 else b.double()[:, None]
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scale = power_of_two(columns)
