@@ -197,6 +197,9 @@ py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py:
     if (method == "cg")
       status = krylov::cg(a, damping, inverse, count, b_data, x_data, control,
                           residual_norms.data(), &report);
+    else if (method == "block_cg")
+      status = krylov::block_cg(a, damping, inverse, count, b_data, x_data, control,
+                                residual_norms.data(), &report);
     else if (method == "minres")
       status = krylov::minres(a, damping, count, b_data, x_data, control, residual_norms.data(),
                               &report);

@@ -52,6 +52,11 @@ Status cg(const Operator& a, double damping, const Operator* inverse, std::int64
           const double* b, double* x, const Control& control, double* residual_norms,
           Report* report);
 
+// The same with one search space for all right-hand sides, which may be dependent.
+Status block_cg(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
+                const double* b, double* x, const Control& control, double* residual_norms,
+                Report* report);
+
 // (A + damping·I) x = b for symmetric A of any signature. Of a singular and inconsistent system x
 // is a least-squares solution, and the outcome says `inconsistent`. Columns one after another.
 Status minres(const Operator& a, double damping, std::int64_t count, const double* b, double* x,

@@ -72,7 +72,7 @@ CASES = [
     (name, rhs, method, dtype, scale)
     for name, method, (dtype, scale) in itertools.product(
         MATRICES,
-        ("auto", "cg", "minres", "lsmr", "cholesky"),
+        ("auto", "cg", "block_cg", "minres", "lsmr", "cholesky"),
         ((torch.float64, 1.0), (torch.float32, 1.0), (torch.float64, 1e30), (torch.float64, 1e-30)),
     )
     for rhs, _ in right_hand_sides(MATRICES[name])
@@ -92,7 +92,7 @@ def residuals(a, b, x):
 
 
 @pytest.mark.parametrize("name", MATRICES)
-@pytest.mark.parametrize("method", ["auto", "cg", "minres", "lsmr", "cholesky"])
+@pytest.mark.parametrize("method", ["auto", "cg", "block_cg", "minres", "lsmr", "cholesky"])
 def test_converged_is_true_and_failures_have_a_reason(name, method):
     matrix = MATRICES[name]
     for case in CASES:
@@ -109,7 +109,7 @@ def test_converged_is_true_and_failures_have_a_reason(name, method):
             assert name not in DEFINITE or dtype == torch.float32, (case, str(solution))
             if name in ("nan", "infinite"):
                 assert solution.status is Status.non_finite, (case, str(solution))
-            if name == "negative" and method in ("cg", "cholesky"):
+            if name == "negative" and method in ("cg", "block_cg", "cholesky"):
                 assert solution.status is Status.indefinite, (case, str(solution))
             continue
         assert numpy.isfinite(x).all(), case
@@ -151,7 +151,7 @@ def test_least_squares_of_any_shape(rows, rank, damping, dtype):
 def test_dependent_right_hand_sides_agree_with_each_other():
     a = torch.from_numpy(MATRICES["condition 1e4"])
     b = torch.randn(N, 1, dtype=torch.float64) @ torch.tensor([[1.0, 2.0, 0.0, -1.0]]).double()
-    for method in ("cg", "minres", "lsmr", "cholesky"):
+    for method in ("cg", "block_cg", "minres", "lsmr", "cholesky"):
         x = jacpot.solve(a, b, method=method, tol=1e-12).raise_if_failed().x
         torch.testing.assert_close(x[:, 1], 2 * x[:, 0], rtol=1e-6, atol=1e-8)
         assert not x[:, 2].any()

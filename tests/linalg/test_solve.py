@@ -39,7 +39,7 @@ def relative_residual(a, b, x, damping=0.0):
     count=st.integers(1, 4),
     log_condition=st.floats(0, 4),
     dtype=st.sampled_from(DTYPES),
-    method=st.sampled_from(["cg", "minres", "lsmr", "cholesky"]),
+    method=st.sampled_from(["cg", "block_cg", "minres", "lsmr", "cholesky"]),
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
 def test_converged_means_that_the_float64_residual_is_small(
@@ -55,7 +55,7 @@ def test_converged_means_that_the_float64_residual_is_small(
     )
 
 
-@pytest.mark.parametrize("method", ["cg", "minres", "lsmr", "cholesky"])
+@pytest.mark.parametrize("method", ["cg", "block_cg", "minres", "lsmr", "cholesky"])
 def test_damping_is_added_to_square_systems_and_to_the_normal_equations(method):
     a, b = spd(30, 1e3, torch.float64), right(30, 2, torch.float64)
     solution = jacpot.solve(a, b, damping=0.5, method=method, tol=1e-12)
@@ -146,7 +146,7 @@ def test_singular_consistent_systems_are_solved():
     torch.testing.assert_close(solution.x, torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("method", ["auto", "cg", "minres", "lsmr", "cholesky"])
+@pytest.mark.parametrize("method", ["auto", "cg", "block_cg", "minres", "lsmr", "cholesky"])
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (5, 0)])
 def test_empty_systems(method, shape):
     a = torch.eye(shape[0], dtype=torch.float64)
@@ -242,3 +242,13 @@ def test_a_linear_operator_needs_only_its_product():
 def test_a_rectangular_function_needs_its_transpose():
     with pytest.raises(ValueError, match="rmatmat"):
         FunctionOperator((2, 3), lambda x: x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_hand_sides_share_one_search_space(dtype):
+    a, b = spd(200, 1e4, dtype), right(200, 12, dtype)
+    b[:, 3] = b[:, 2] + b[:, 1]  # narrows the block, no more
+    alone = jacpot.solve(a, b, method="cg", tol=1e-7).raise_if_failed()
+    together = jacpot.solve(a, b, method="block_cg", tol=1e-7).raise_if_failed()
+    assert together.iterations < 0.3 * alone.iterations
+    assert relative_residual(a, b, together.x) <= 1.01e-7

@@ -34,7 +34,7 @@ __all__ = ["prepare", "solve"]
 
 Callback = Callable[[int, float, float], Any]
 
-METHODS = ("auto", "cg", "minres", "lsmr", "cholesky")
+METHODS = ("auto", "cg", "block_cg", "minres", "lsmr", "cholesky")
 
 CHOLESKY_SIZE = 20_000  # a float32 factor of this size takes 1.6 GB
 
@@ -69,7 +69,8 @@ def solve(
     damping
         Non-negative.
     method
-        ``"cg"`` for symmetric positive (semi-)definite operators; ``"cholesky"`` for such as fit
+        ``"cg"`` for symmetric positive (semi-)definite operators, ``"block_cg"`` for such with
+        several right-hand sides, which then share one search space; ``"cholesky"`` for such as fit
         in memory, refined to float64 accuracy; ``"minres"`` for symmetric ones of any signature;
         ``"lsmr"`` for any shape, which gives the least-squares solution of least norm. ``"auto"``
         takes Cholesky for symmetric arrays, CG for other square operators, and LSMR for the rest.
