@@ -25,7 +25,8 @@ struct Column {
   double gap_squared = 0;  // estimate of the rounding in the recurred residual
   double rounding = 0;     // what even the recomputed residual cannot see
   int idle = 0;
-  bool fresh = true;  // p is to be z alone
+  bool claimed = false;  // the recurred residual is below the tolerance
+  bool fresh = true;     // p is to be z alone
 
   void stop(Outcome why) {
     active = false;
@@ -123,7 +124,9 @@ class ConjugateGradients {
       column.best = column.norm_r;
       return;
     }
-    column.idle = column.norm_r < 0.7 * column.best ? 0 : column.idle + 1;
+    // Only a residual that the recurrence held to be small enough can be found not to move.
+    if (column.claimed) column.idle = column.norm_r < 0.7 * column.best ? 0 : column.idle + 1;
+    column.claimed = false;
     column.best = std::min(column.best, column.norm_r);
     if (column.norm_r <= column.rounding || column.idle >= patience)
       column.stop(Outcome::stagnated);
@@ -196,7 +199,8 @@ class ConjugateGradients {
       if (!column.active) continue;
       column.norm_r = std::sqrt(dot_[2][c]);
       worst = std::max(worst, column.norm_r / column.norm_b);
-      due |= !(column.norm_r > control_.tolerance * column.norm_b) ||
+      column.claimed = !(column.norm_r > control_.tolerance * column.norm_b);
+      due |= column.claimed ||
              column.gap_squared > gap_share * gap_share * column.norm_r * column.norm_r;
     }
     interrupted_ = !control_.go_on(report_.iterations, worst);
