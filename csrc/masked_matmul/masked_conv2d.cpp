@@ -41,10 +41,10 @@ struct Inside {
   }
 };
 
-// Visits a feature's part of a panel in runs along the width:
+// Visits a panel in the runs along the width that one tap of the kernel sees of the first channel:
 // f(lane, count, pointer to the first pixel or null where all lies in the padding).
 template <class Pixel, class F>
-void for_each_run(const Images& images, Pixel* channel, std::int64_t tap_height,
+void for_each_run(const Images& images, Pixel* image, std::int64_t tap_height,
                   std::int64_t tap_width, std::int64_t position, std::int64_t count, F&& f) {
   const Axis &h = images.height, &w = images.width;
   std::int64_t row = position / w.output, begin = position % w.output;
@@ -57,7 +57,7 @@ void for_each_run(const Images& images, Pixel* channel, std::int64_t tap_height,
     } else {
       if (inside.low > begin) f(lane, inside.low - begin, static_cast<Pixel*>(nullptr));
       f(lane + inside.low - begin, inside.high - inside.low,
-        channel + at * w.input + inside.low * w.stride + tap_width * w.dilation - w.padding);
+        image + at * w.input + inside.low * w.stride + tap_width * w.dilation - w.padding);
       if (end > inside.high)
         f(lane + inside.high - begin, end - inside.high, static_cast<Pixel*>(nullptr));
     }
@@ -104,17 +104,21 @@ class Patches {
   }
 
  private:
+  // f(line, lane, count, pixels or null) for every run of features [first, last). Runs are worked
+  // out once for each tap, for all channels.
   template <class F>
   void visit(std::int64_t panel, std::int64_t first, std::int64_t last, F&& f) const {
     const Axis &h = images_.height, &w = images_.width;
     const std::int64_t taps = h.kernel * w.kernel, pixels = h.input * w.input,
                        position = panels_.position(panel), held = panels_.held(panel);
     Pixel* image = data_ + panels_.image(panel) * images_.channels * pixels;
-    for (std::int64_t feature = first; feature < last; ++feature) {
-      const std::int64_t tap = feature % taps;
-      for_each_run(images_, image + feature / taps * pixels, tap / w.kernel, tap % w.kernel,
-                   position, held, [&](std::int64_t lane, std::int64_t count, Pixel* at) {
-                     f(feature - first, lane, count, at);
+    for (std::int64_t tap = 0; tap < taps; ++tap) {
+      const std::int64_t begin = ceil_div(std::max<std::int64_t>(first - tap, 0), taps),
+                         end = ceil_div(std::max<std::int64_t>(last - tap, 0), taps);
+      for_each_run(images_, image, tap / w.kernel, tap % w.kernel, position, held,
+                   [&](std::int64_t lane, std::int64_t count, Pixel* at) {
+                     for (std::int64_t c = begin; c < end; ++c)
+                       f(c * taps + tap - first, lane, count, at ? at + c * pixels : at);
                    });
     }
   }

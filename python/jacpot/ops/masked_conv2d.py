@@ -235,7 +235,7 @@ torch.library.register_autograd(
 
 def dense_is_faster(shape: tuple[int, int], nnz: int, window: Window) -> bool:
     """Whether a dense convolution with the expanded weight is expected to take less time."""
-    return nnz * window.groups > 0.2 * shape[0] * shape[1]
+    return nnz * window.groups > 0.25 * shape[0] * shape[1]
 
 
 def convolve(
