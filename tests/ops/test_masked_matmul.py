@@ -195,6 +195,39 @@ def test_differentiates(relu, layout):
     assert torch.autograd.gradgradcheck(f, (x, values, bias))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
+@pytest.mark.parametrize("relu", [False, True])
+def test_forward_mode(relu):
+    pattern, *arguments = small_problem()
+
+    def f(x, values, bias):
+        return jacpot.masked_matmul(x, values, pattern, bias, relu=relu, method="sparse")
+
+    assert torch.autograd.gradcheck(f, tuple(arguments), check_forward_ad=True)
+
+
+def test_vmap():
+    pattern, x, values, bias = (a if i == 0 else a.detach() for i, a in enumerate(small_problem()))
+
+    def f(x, values, bias):
+        return jacpot.masked_matmul(x, values, pattern, bias, method="sparse")
+
+    many = torch.randn(4, *x.shape, dtype=x.dtype)
+    expected = torch.stack([f(one, values, bias) for one in many])
+    torch.testing.assert_close(torch.vmap(f, (0, None, None))(many, values, bias), expected)
+    other = torch.randn(4, pattern.nnz, dtype=x.dtype)
+    expected = torch.stack([f(x, one, bias) for one in other])
+    torch.testing.assert_close(torch.vmap(f, (None, 0, None))(x, other, bias), expected)
+    # Gradients per example, by torch.func.
+    per_example = torch.vmap(
+        torch.func.grad(lambda v, one: f(one[None], v, bias).square().sum()), (None, 0)
+    )(values, x)
+    for i, one in enumerate(x):
+        v = values.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(f(one[None], v, bias).square().sum(), v)
+        torch.testing.assert_close(per_example[i], gradient)
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_differentiates_one_argument_alone(wanted):
     pattern, *arguments = small_problem()

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import jacpot.ops.masked_matmul_cuda  # noqa: F401 - registers the CUDA side of the operators
-from jacpot import _backend
+from jacpot.ops.masked_matmul_operators import multiply, ops
 from jacpot.ops.pattern import Pattern
 
 __all__ = [
@@ -20,209 +19,10 @@ __all__ = [
     "product",
 ]
 
-# Untyped in PyTorch.
-_Library: Any = torch.library.Library
-_library = _Library("jacpot", "FRAGMENT")
-_library.define(
-    "masked_matmul(Tensor x, Tensor values, Tensor? bias, Tensor pattern, int out_features, "
-    "bool relu, bool feature_major) -> Tensor"
-)
-_library.define(
-    "masked_matmul_backward(Tensor dy, Tensor x, Tensor values, Tensor pattern, bool want_x, "
-    "bool want_values) -> (Tensor, Tensor)"
-)
-_library.define("compress(Tensor weight, Tensor pattern, int nnz) -> Tensor")
-_library.define("expand(Tensor values, Tensor pattern, int rows, int columns) -> Tensor")
-
-
-def _empty(like: Tensor, rows: int, columns: int, feature_major: bool) -> Tensor:
-    if feature_major:
-        return like.new_empty((columns, rows)).t()
-    return like.new_empty((rows, columns))
-
-
-def _is_feature_major(x: Tensor) -> bool:
-    return x.stride(0) == 1 and x.stride(1) != 1
-
-
-def _forward_cpu(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    pattern: Tensor,
-    out_features: int,
-    relu: bool,
-    feature_major: bool,
-) -> Tensor:
-    y = _empty(x, x.shape[0], out_features, feature_major)
-    _backend.core.masked_matmul(
-        pattern,
-        values.detach(),
-        None if bias is None else bias.detach(),
-        relu,
-        x.detach(),
-        y,
-        _backend.threads(),
-    )
-    return y
-
-
-def _backward_cpu(
-    dy: Tensor, x: Tensor, values: Tensor, pattern: Tensor, want_x: bool, want_values: bool
-) -> tuple[Tensor, Tensor]:
-    dx, d_values = _backward_fake(dy, x, values, pattern, want_x, want_values)
-    _backend.core.masked_matmul_backward(
-        pattern,
-        values.detach(),
-        x.detach(),
-        dy.detach(),
-        dx if want_x else None,
-        d_values if want_values else None,
-        _backend.threads(),
-    )
-    return dx, d_values
-
-
-def _forward_fake(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    pattern: Tensor,
-    out_features: int,
-    relu: bool,
-    feature_major: bool,
-) -> Tensor:
-    return _empty(x, x.shape[0], out_features, feature_major)
-
-
-def _backward_fake(
-    dy: Tensor, x: Tensor, values: Tensor, pattern: Tensor, want_x: bool, want_values: bool
-) -> tuple[Tensor, Tensor]:
-    # An output that is not wanted is empty: an operator has a fixed number of them.
-    dx = _empty(x, x.shape[0], x.shape[1], _is_feature_major(x)) if want_x else x.new_empty(0)
-    d_values = torch.empty_like(values) if want_values else values.new_empty(0)
-    return dx, d_values
-
-
-def _compress_cpu(weight: Tensor, pattern: Tensor, nnz: int) -> Tensor:
-    values = weight.new_empty(nnz)
-    _backend.core.compress(pattern, weight.detach(), values, _backend.threads())
-    return values
-
-
-def _expand_cpu(values: Tensor, pattern: Tensor, rows: int, columns: int) -> Tensor:
-    weight = values.new_empty((rows, columns))
-    _backend.core.expand(pattern, values.detach(), weight, _backend.threads())
-    return weight
-
-
-_library.impl("masked_matmul", _forward_cpu, "CPU")
-_library.impl("masked_matmul_backward", _backward_cpu, "CPU")
-_library.impl("compress", _compress_cpu, "CPU")
-_library.impl("expand", _expand_cpu, "CPU")
-torch.library.register_fake("jacpot::masked_matmul", _forward_fake, lib=_library)
-torch.library.register_fake("jacpot::masked_matmul_backward", _backward_fake, lib=_library)
-torch.library.register_fake(
-    "jacpot::compress", lambda weight, pattern, nnz: weight.new_empty(nnz), lib=_library
-)
-torch.library.register_fake(
-    "jacpot::expand",
-    lambda values, pattern, rows, columns: values.new_empty((rows, columns)),
-    lib=_library,
-)
-_ops = torch.ops.jacpot
-
-
-# Derivatives. The forward product S(x, v) is bilinear, its gradients are Sᵀ(dy, v) and the
-# product sampled on the pattern, so these operators are closed under differentiation.
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bias, pattern, _, relu, _ = inputs
-    ctx.save_for_backward(x, values, pattern, output if relu else None)
-    ctx.has_bias = bias is not None
-
-
-def _forward_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, pattern, positive = ctx.saved_tensors
-    if positive is not None:
-        dy = dy * (positive > 0)
-    want_x, want_values, want_bias = ctx.needs_input_grad[:3]
-    dx = d_values = None
-    if want_x or want_values:
-        dx, d_values = _ops.masked_matmul_backward(dy, x, values, pattern, want_x, want_values)
-    return (
-        dx if want_x else None,
-        d_values if want_values else None,
-        dy.sum(0) if ctx.has_bias and want_bias else None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dy, x, values, pattern, want_x, want_values = inputs
-    ctx.save_for_backward(dy, x, values, pattern)
-    ctx.wanted = want_x, want_values
-
-
-def _backward_gradient(ctx: Any, gx: Tensor, gv: Tensor) -> tuple[Tensor | None, ...]:
-    dy, x, values, pattern = ctx.saved_tensors
-    has_gx, has_gv = ctx.wanted
-    need_dy, need_x, need_values = ctx.needs_input_grad[:3]
-    d_dy = d_x = d_values = None
-    out = dy.shape[1]
-    if need_dy:
-        if has_gx:
-            d_dy = _ops.masked_matmul(gx, values, None, pattern, out, False, False)
-        if has_gv:
-            other = _ops.masked_matmul(x, gv.contiguous(), None, pattern, out, False, False)
-            d_dy = other if d_dy is None else d_dy + other
-    if need_x and has_gv:
-        d_x, _ = _ops.masked_matmul_backward(dy, x, gv.contiguous(), pattern, True, False)
-    if need_values and has_gx:
-        _, d_values = _ops.masked_matmul_backward(dy, gx, values, pattern, False, True)
-    return d_dy, d_x, d_values, None, None, None
-
-
-def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, pattern, _ = inputs
-    ctx.save_for_backward(pattern)
-    ctx.shape = weight.shape
-
-
-def _compress_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (pattern,) = ctx.saved_tensors
-    return _ops.expand(gradient.contiguous(), pattern, *ctx.shape), None, None
-
-
-def _save_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, pattern, _, _ = inputs
-    ctx.save_for_backward(pattern)
-    ctx.nnz = values.shape[0]
-
-
-def _expand_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (pattern,) = ctx.saved_tensors
-    return _ops.compress(gradient, pattern, ctx.nnz), None, None, None
-
-
-for _name, _gradient, _save in (
-    ("masked_matmul", _forward_gradient, _save_forward),
-    ("masked_matmul_backward", _backward_gradient, _save_backward),
-    ("compress", _compress_gradient, _save_compress),
-    ("expand", _expand_gradient, _save_expand),
-):
-    torch.library.register_autograd(
-        f"jacpot::{_name}", _gradient, setup_context=_save, lib=_library
-    )
-
 
 def compress(weight: Tensor, pattern: Pattern) -> Tensor:
     """Gather the kept entries of ``weight (out, in)``: see :meth:`Pattern.compress`."""
-    result: Tensor = _ops.compress(weight, pattern.block, pattern.nnz)
+    result: Tensor = ops.compress(weight, pattern.block, pattern.nnz)
     return result
 
 
@@ -334,9 +134,7 @@ def product(
     if _takes_dense(method, rows, nnz, shape):
         y = _dense_product(rows, expand_block(values, block, shape), bias, relu, feature_major)
     else:
-        y = _ops.masked_matmul(
-            rows, values.contiguous(), bias, block, out_features, relu, feature_major
-        )
+        y = multiply(rows, values, bias, block, out_features, relu, feature_major)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
 
@@ -370,5 +168,5 @@ def _dense_product(
 
 def expand_block(values: Tensor, block: Tensor, shape: tuple[int, int]) -> Tensor:
     """Do what :func:`expand` does, with a pattern given by its block and shape."""
-    result: Tensor = _ops.expand(values.contiguous(), block, shape[0], shape[1])
+    result: Tensor = ops.expand(values.contiguous(), block, shape[0], shape[1])
     return result
