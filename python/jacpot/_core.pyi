@@ -28,6 +28,8 @@ __all__: list[str] = [
     "jacobian_signs",
     "jacobian_vjp",
     "krylov_solve",
+    "masked_conv2d",
+    "masked_conv2d_backward",
     "masked_matmul",
     "masked_matmul_backward",
     "set_blas_fallback",
@@ -49,7 +51,10 @@ class DenseOperator(Operator):
     A dense float32 or float64 matrix.
     """
     def __init__(
-        self, matrix: typing.Any, threads: typing.SupportsInt | typing.SupportsIndex
+        self,
+        matrix: typing.Any,
+        symmetric: bool,
+        threads: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
 class CallbackOperator(Operator):
@@ -189,6 +194,34 @@ def krylov_solve(
     Runs the named Krylov method in place on x; returns what happened.
     """
 
+def masked_conv2d(
+    pattern: typing.Any,
+    values: typing.Any,
+    bias: typing.Any,
+    relu: bool,
+    x: typing.Any,
+    y: typing.Any,
+    window: collections.abc.Sequence[
+        typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+        ]
+    ],
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def masked_conv2d_backward(
+    pattern: typing.Any,
+    values: typing.Any,
+    x: typing.Any,
+    dy: typing.Any,
+    dx: typing.Any,
+    d_values: typing.Any,
+    window: collections.abc.Sequence[
+        typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+        ]
+    ],
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def masked_matmul(
     pattern: typing.Any,
     values: typing.Any,
