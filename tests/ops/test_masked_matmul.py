@@ -265,6 +265,20 @@ def test_leading_dimensions_and_numpy():
     np.testing.assert_allclose(result, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["row", "feature"])
+def test_bfloat16_sums_in_float32(layout):
+    mask = draw_mask((20, 300), 0.3, 0)
+    pattern = jacpot.Pattern(mask)
+    x, values = torch.randn(5, 300).bfloat16(), torch.randn(pattern.nnz).bfloat16()
+    x.requires_grad_()
+    y = jacpot.masked_matmul(x, values, pattern, layout=layout)
+    exact = oracle.masked_matmul(x.detach().double(), values.double(), mask)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.float().bfloat16()) or (y - exact).abs().max() < 2**-8 * exact.max()
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
 def test_refusals():
     pattern = jacpot.Pattern(torch.ones(2, 3, dtype=torch.bool))
     x, values = torch.ones(4, 3), torch.ones(6)

@@ -96,7 +96,7 @@ _library.define(
     "masked_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor pattern, int[] window, "
     "bool want_x, bool want_values) -> (Tensor, Tensor)"
 )
-_ops = torch.ops.jacpot
+_ops: Any = torch.ops.jacpot
 
 
 def _output(x: Tensor, out_channels: int, window: list[int]) -> Tensor:
@@ -268,7 +268,7 @@ def convolve(
         )
         return torch.relu(y) if relu else y
     if x.device.type == "cpu":
-        result: Tensor = torch.ops.jacpot.masked_conv2d(
+        result: Tensor = _ops.masked_conv2d(
             x.contiguous(), values.contiguous(), bias, block, shape[0], window.pairs(), relu
         )
         return result

@@ -46,7 +46,8 @@ def masked_matmul(
     Parameters
     ----------
     x
-        ``(..., in)``, float32 or float64, NumPy or PyTorch; any strides.
+        ``(..., in)``, float32, float64 or (PyTorch) bfloat16, whose sums are taken in float32;
+        any strides.
     values
         ``(nnz,)``: kept entries of the weight in row order (:meth:`Pattern.compress`), of the
         dtype of x.
@@ -129,6 +130,17 @@ def product(
         raise ValueError(
             f"argument 'bias' must have shape ({out_features},), got {tuple(bias.shape)}"
         )
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # Sums are taken in float32.
+        wide = (
+            x.float(),
+            values.float(),
+            block,
+            shape,
+            nnz,
+            None if bias is None else bias.float(),
+        )
+        return product(*wide, relu=relu, layout=layout, method=method).to(torch.bfloat16)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
     feature_major = layout == "feature"
     if _takes_dense(method, rows, nnz, shape):

@@ -123,7 +123,7 @@ torch.library.register_fake(
     lambda values, pattern, rows, columns: values.new_empty((rows, columns)),
     lib=_library,
 )
-ops = _ops = torch.ops.jacpot
+ops: Any = torch.ops.jacpot
 
 
 # Derivatives. The forward product S(x, v) is bilinear, its gradients are Sᵀ(dy, v) and the
@@ -142,7 +142,7 @@ def _gradients(
     if _is_transformed():
         run: Any = _GradientsTransformed.apply
     elif torch.is_grad_enabled() or _needs_operators(dy):
-        run = _ops.masked_matmul_backward
+        run = ops.masked_matmul_backward
     else:
         run = _backward_cpu
     return run(dy, x, values, pattern, want_x, want_values)
@@ -197,14 +197,14 @@ def _backward_gradient(ctx: Any, gx: Tensor, gv: Tensor) -> tuple[Tensor | None,
     out = dy.shape[1]
     if need_dy:
         if has_gx:
-            d_dy = _ops.masked_matmul(gx, values, None, pattern, out, False, False)
+            d_dy = ops.masked_matmul(gx, values, None, pattern, out, False, False)
         if has_gv:
-            other = _ops.masked_matmul(x, gv.contiguous(), None, pattern, out, False, False)
+            other = ops.masked_matmul(x, gv.contiguous(), None, pattern, out, False, False)
             d_dy = other if d_dy is None else d_dy + other
     if need_x and has_gv:
-        d_x, _ = _ops.masked_matmul_backward(dy, x, gv.contiguous(), pattern, True, False)
+        d_x, _ = ops.masked_matmul_backward(dy, x, gv.contiguous(), pattern, True, False)
     if need_values and has_gx:
-        _, d_values = _ops.masked_matmul_backward(dy, gx, values, pattern, False, True)
+        _, d_values = ops.masked_matmul_backward(dy, gx, values, pattern, False, True)
     return d_dy, d_x, d_values, None, None, None
 
 
@@ -216,7 +216,7 @@ def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _compress_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (pattern,) = ctx.saved_tensors
-    return _ops.expand(gradient.contiguous(), pattern, *ctx.shape), None, None
+    return ops.expand(gradient.contiguous(), pattern, *ctx.shape), None, None
 
 
 def _save_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -227,7 +227,7 @@ def _save_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _expand_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (pattern,) = ctx.saved_tensors
-    return _ops.compress(gradient, pattern, ctx.nnz), None, None, None
+    return ops.compress(gradient, pattern, ctx.nnz), None, None, None
 
 
 for _name, _gradient, _save in (
@@ -258,16 +258,16 @@ def _vmap_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _vmap_forward(info: Any, in_dims: Any, x: Tensor, *args: Any) -> Any:
     if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
-        return _vmap_by_one(_ops.masked_matmul, info, in_dims, x, *args)
+        return _vmap_by_one(ops.masked_matmul, info, in_dims, x, *args)
     x = x.movedim(in_dims[0], 0)
-    y = _ops.masked_matmul(x.reshape(-1, x.shape[-1]), *args)
+    y = ops.masked_matmul(x.reshape(-1, x.shape[-1]), *args)
     return y.reshape(*x.shape[:-1], y.shape[-1]), 0
 
 
 torch.library.register_vmap("jacpot::masked_matmul", _vmap_forward, lib=_library)
 for _name in ("masked_matmul_backward", "compress", "expand"):
     torch.library.register_vmap(
-        f"jacpot::{_name}", partial(_vmap_by_one, getattr(_ops, _name)), lib=_library
+        f"jacpot::{_name}", partial(_vmap_by_one, getattr(ops, _name)), lib=_library
     )
 
 
@@ -293,7 +293,7 @@ class _MultiplyTransformed(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():
-            return _ops.masked_matmul(*inputs)
+            return ops.masked_matmul(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -312,7 +312,7 @@ class _MultiplyTransformed(torch.autograd.Function):
         dx, d_values, d_bias = tangents[:3]
         out_features, feature_major = ctx.settings
         terms = [
-            _ops.masked_matmul(a, v, None, pattern, out_features, False, feature_major)
+            ops.masked_matmul(a, v, None, pattern, out_features, False, feature_major)
             for a, v in ((dx, values), (x, d_values))
             if a is not None and v is not None
         ]
@@ -330,7 +330,7 @@ class _GradientsTransformed(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():
-            return _ops.masked_matmul_backward(*inputs)
+            return ops.masked_matmul_backward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -356,7 +356,7 @@ def multiply(
     if _is_transformed() or (forward_mode and not torch.compiler.is_compiling()):
         return _MultiplyTransformed.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     if _needs_operators(x):
-        result: Tensor = _ops.masked_matmul(*arguments)
+        result: Tensor = ops.masked_matmul(*arguments)
         return result
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
