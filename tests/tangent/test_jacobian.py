@@ -233,16 +233,17 @@ class Noise(nn.Module):
 
 
 class InPlace(nn.Module):
-    def __init__(self):
+    def __init__(self, scale=False):
         super().__init__()
         self.a = nn.Linear(6, 6, dtype=torch.float64)
         self.b = nn.Linear(6, 6, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.ones(6, dtype=torch.float64)) if scale else 1
 
     def forward(self, x):
         h = self.a(x)
         y = self.b(h)
         h += 1
-        return h + y
+        return h + self.scale * y
 
 
 def refused_masks():
@@ -285,6 +286,7 @@ def refused_modules():
         (Mixer(), x, ValueError, "other examples"),
         (Noise(), x, ValueError, "chance"),
         (InPlace(), x, RuntimeError, "'b'.*out of place"),
+        (InPlace(scale=True), x, RuntimeError, "'b'.*out of place"),
         (nn.Sequential(mlp(), nn.Flatten(0)), x, ValueError, "leading axis"),
     ]
 

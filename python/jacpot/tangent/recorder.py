@@ -98,16 +98,29 @@ class Recorder(TorchFunctionMode):
             The examples.
         parameters
             Tensors by name to put in the place of the network's.
+
+        Raises
+        ------
+        RuntimeError
+            If the network writes to what a layer has read.
         """
         overridden = [m for m in self.network.module.modules() if type(m) in RULES]
         for module in overridden:  # in the instance, until the end of this run
             module.forward = partial(self._forward, RULES[type(module)], module)
         try:
             with self:
-                return self.network(x, targets, parameters)
+                outputs = self.network(x, targets, parameters)
         finally:
             for module in overridden:
                 del module.forward
+        for call in self.calls:
+            if self.taps is None and call.input._version != call.version:
+                raise RuntimeError(
+                    f"the input of layer {call.layer!r} was written to after the layer had read "
+                    "it; make that operation out of place (inplace=False, x = x + y instead of "
+                    "x += y)"
+                )
+        return outputs
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

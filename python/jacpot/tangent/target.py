@@ -73,8 +73,10 @@ class Target:
         flush = getattr(self.array, "flush", None)
         if flush is not None:
             flush()
+        # Only of a mapping that is shared with the file: a private one would lose what was written.
+        shared = getattr(self.array, "mode", None) in ("r+", "w+")
         mapped = getattr(self.array, "_mmap", None)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if shared and mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
