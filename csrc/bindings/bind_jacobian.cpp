@@ -15,17 +15,18 @@ namespace {
 struct Factors {
   Array activations, signals;
 
-  explicit Factors(const py::tuple& pair)
+  explicit Factors(const py::tuple& pair, bool positions_may_be_innermost = false)
       : activations(pair[0], "activations"), signals(pair[1], "signals") {
     activations.expect_cpu().expect_shape({Array::any, Array::any, Array::any, Array::any});
     signals.expect_like(activations);
     const std::int64_t n = activations.shape(0), t = activations.shape(1), g = activations.shape(2);
     signals.expect_shape({n, Array::any, t, g, Array::any});
-    expect_unit_stride(activations);
-    expect_unit_stride(signals);
+    expect_unit_stride(activations, 3);
+    if (!positions_may_be_innermost || (signals.stride(2) != 1 && signals.shape(2) > 1))
+      expect_unit_stride(signals, 4);
   }
-  static void expect_unit_stride(const Array& array) {
-    if (array.shape(array.ndim() - 1) > 1 && array.stride(array.ndim() - 1) != 1)
+  static void expect_unit_stride(const Array& array, int d) {
+    if (array.shape(d) > 1 && array.stride(d) != 1)
       throw py::value_error("argument '" + array.name() + "' must have an innermost stride of 1");
   }
   template <class T>
@@ -219,7 +220,7 @@ void vjp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle co
 
 // out (N, K, P_all), columns [offset, offset + G·O·I) = the rows of a layer, all weights kept
 void rows_of_factors(const py::tuple& pair, py::handle out, std::int64_t offset, int threads) {
-  const Factors f(pair);
+  const Factors f(pair, true);
   const Array result(out, "out", Access::write);
   result.expect_cpu().expect_like(f.activations);
   dispatch_float(result, [&]<class T>() {
@@ -238,7 +239,8 @@ void rows_of_factors(const py::tuple& pair, py::handle out, std::int64_t offset,
                              s.stride(0),
                              s.stride(1),
                              s.stride(2),
-                             s.stride(3)};
+                             s.stride(3),
+                             s.stride(4)};
     result.expect_shape({layer.n, layer.k, Array::any});
     T* to = result.contiguous_data<T>();
     const std::int64_t width = result.shape(2);

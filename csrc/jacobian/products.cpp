@@ -241,7 +241,9 @@ template <class T>
 Status generate_rows(const RowsLayer<T>& l, T* out, std::int64_t row_stride, int threads) {
   const auto& kernel = kernels(out);
   const bool many = l.positions != 1;
-  const std::int64_t scratch_size = many ? l.positions * kernel.tail : 0;
+  const bool turned = many && l.signals_unit != 1 && l.outputs > 1;
+  const std::int64_t tail = many ? l.positions * kernel.tail : 0;
+  const std::int64_t scratch_size = tail + (turned ? l.positions * l.outputs : 0);
   const Scratch<T> scratch = allocate_scratch<T>(scratch_size * threads);
   if (!scratch) return no_memory;
   advise_huge_pages(out, static_cast<std::size_t>(l.n * l.k * row_stride) * sizeof(T));
@@ -256,9 +258,15 @@ Status generate_rows(const RowsLayer<T>& l, T* out, std::int64_t row_stride, int
         const T* activation =
             l.activations + example * l.activations_example + g * l.activations_group;
         T* to = out + row * row_stride + g * l.outputs * l.inputs;
+        std::int64_t step = l.signals_position;
+        if (turned) {
+          kernel.pack(signal, l.signals_unit, l.outputs, l.positions, l.outputs, own + tail);
+          signal = own + tail;
+          step = l.outputs;
+        }
         if (many)
-          kernel.sum_outer(signal, l.signals_position, l.outputs, activation,
-                           l.activations_position, l.inputs, l.positions, to, own);
+          kernel.sum_outer(signal, step, l.outputs, activation, l.activations_position, l.inputs,
+                           l.positions, to, own);
         else
           kernel.outer(signal, l.outputs, activation, l.inputs, to);
       }

@@ -43,8 +43,8 @@ struct RowsLayer {
   std::int64_t n, k, positions, groups, outputs, inputs;
   const T* activations;  // (N, T, G, I), innermost stride 1
   std::int64_t activations_example, activations_position, activations_group;
-  const T* signals;  // (N, K, T, G, O), innermost stride 1
-  std::int64_t signals_example, signals_output, signals_position, signals_group;
+  const T* signals;  // (N, K, T, G, O), stride 1 of units, or of positions as convolutions have it
+  std::int64_t signals_example, signals_output, signals_position, signals_group, signals_unit;
 };
 
 // out[n, k, 0 : G·O·I] = Σ_t δ_nkt ⊗ a_nt, rows (n, k) `row_stride` apart.

@@ -178,6 +178,18 @@ def test_both_ways_with_positions(outputs, monkeypatch):
             assert_close(actual, expected, torch.float64)
 
 
+def test_rows_of_signals_with_positions_innermost():
+    """As a convolution's backward pass leaves them: (N, K, G, O, T) in memory."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 37, 2, 53, generator=generator)
+    s = torch.randn(3, 2, 2, 21, 37, generator=generator).movedim(4, 2)
+    block = ops.Factors(a, s, bias=True)
+    expected = reference.rows(a.double(), s.double(), bias=True)
+    for name in ISAS:
+        with isa(name):
+            assert_close(ops.dense([block]), expected, torch.float32)
+
+
 def test_cost_model_prefers_pairs_for_few_positions_and_rows_for_many():
     few = ops.Factors(torch.ones(32, 4, 1, 256), torch.ones(32, 10, 4, 1, 256))
     many = ops.Factors(torch.ones(32, 400, 1, 27), torch.ones(32, 10, 400, 1, 16))

@@ -173,11 +173,22 @@ class Factors:
     @cached_property
     def strided(self) -> tuple[Tensor, Tensor]:
         """Both factors with an innermost stride of 1, which is all that most kernels ask for."""
-        a, s = self.activations, self.signals
-        return (
-            a if a.stride(3) == 1 or a.shape[3] <= 1 else a.contiguous(),
-            s if s.stride(4) == 1 or s.shape[4] <= 1 else s.contiguous(),
-        )
+        s = self.signals
+        s = s if s.stride(4) == 1 or s.shape[4] <= 1 else s.contiguous()
+        return self.strided_activations, s
+
+    @property
+    def for_rows(self) -> tuple[Tensor, Tensor]:
+        """Both factors as rows are generated from: signals may have their positions innermost."""
+        if self.signals.stride(2) == 1 and self.n_positions > 1:
+            return self.strided_activations, self.signals
+        return self.strided
+
+    @cached_property
+    def strided_activations(self) -> Tensor:
+        """The activations with an innermost stride of 1."""
+        a = self.activations
+        return a if a.stride(3) == 1 or a.shape[3] <= 1 else a.contiguous()
 
     @cached_property
     def layout(self) -> tuple[Tensor | None, Tensor | None]:
@@ -278,7 +289,7 @@ def row_panels(block: Block, budget: int = PANEL_BYTES, weights: bool = True) ->
     n, k = block.n_examples, block.n_outputs
     g, o, i = block.shape
     if weights and block.n_weights:
-        a, s = block.strided
+        a, s = block.for_rows
         width = min(o, max(1, budget // max(1, n * k * i * block.dtype.itemsize)))
         for group in range(g):
             for start in range(0, o, width):
