@@ -12,6 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
@@ -147,15 +148,26 @@ def _learning(axes: Axes, record: Record) -> None:
         axes.plot(range(len(losses)), losses, color=COLOURS["network"], lw=1.1, alpha=0.7)
         best = training["best_epoch"]
         axes.plot([best], [losses[best]], "o", ms=4, color=COLOURS["network"])
-    for key in ("tangent", "last_layer"):
-        values = [
-            run["contenders"][key]["details"]["validation_loss"] for run in record.runs.values()
-        ]
-        axes.axhline(float(np.mean(values)), color=COLOURS[key], lw=1.6)
+    levels = {
+        key: float(
+            np.mean(
+                [
+                    run["contenders"][key]["details"]["validation_loss"]
+                    for run in record.runs.values()
+                ]
+            )
+        )
+        for key in ("tangent", "last_layer")
+    }
+    for key, level in levels.items():
+        # The name stands above its line, the lower one's below so that two close lines keep apart.
+        below = level == min(levels.values()) and max(levels.values()) < 1.3 * level
+        axes.axhline(level, color=COLOURS[key], lw=1.6)
         axes.annotate(
-            CONTENDERS[key], (0.995, float(np.mean(values))), xycoords=("axes fraction", "data"),
-            ha="right", va="bottom", xytext=(0, 2), textcoords="offset points",
-            color=COLOURS[key], size=9, weight="bold",
+            CONTENDERS[key], (0.995, level), xycoords=("axes fraction", "data"),
+            ha="right", va="top" if below else "bottom", xytext=(0, -3 if below else 2),
+            textcoords="offset points", color=COLOURS[key], size=9, weight="bold",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlim(0, longest)
