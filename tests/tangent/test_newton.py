@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import jacpot
-from jacpot.linalg import Status
+from jacpot.linalg import Interrupted, Status
 from jacpot.tangent.losses import ConvexLoss, get_loss
 
 
@@ -58,7 +58,7 @@ def test_gradient_and_root_are_the_derivatives(loss):
         return chosen.value(g, y).sum()
 
     torch.testing.assert_close(chosen.gradient(f, y), torch.func.grad(total)(f))
-    hessian = torch.func.hessian(total)(f)
+    hessian = torch.func.jacrev(torch.func.grad(total))(f)
     root = chosen.root(f, y)
     for n in range(30):
         torch.testing.assert_close(root[n] @ root[n].T, hessian[n, :, n])
@@ -142,6 +142,20 @@ def test_targets_and_losses_that_do_not_fit(y, loss, error):
 def test_losses_other_than_the_squared_one_need_a_ridge():
     with pytest.raises(ValueError, match="ridge"):
         jacpot.linearize(network()).fit(inputs(), targets("huber"), "huber")
+
+
+def test_interrupt_keeps_the_last_step():
+    def callback(step, residual, seconds):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    net, x, y = network(), inputs(), targets("cross_entropy")
+    lin, two = jacpot.linearize(net), jacpot.linearize(net)
+    with pytest.raises(Interrupted) as info:
+        lin.fit(x, y, "cross_entropy", ridge=0.1, callback=callback)
+    assert info.value.solution.iterations == 2
+    two.fit(x, y, "cross_entropy", ridge=0.1, max_iter=2)
+    torch.testing.assert_close(lin(x), two(x))
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])

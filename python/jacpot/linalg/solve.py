@@ -127,6 +127,10 @@ def solve(
     if isinstance(a, DenseOperator) and method != "lsmr":
         a = DenseOperator(a.matrix)
         a.symmetric = True
+    if preconditioner is not None and method not in ("cg", "block_cg"):
+        raise ValueError(
+            f"argument 'preconditioner' is for methods 'cg' and 'block_cg', not {method!r}"
+        )
     columns = b.double() if b.ndim == 2 else b.double()[:, None]
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scale = power_of_two(columns)

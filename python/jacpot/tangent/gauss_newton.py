@@ -164,6 +164,7 @@ def gauss_newton(
             damping = max(damping, 1e-12)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         for _ in range(REJECTIONS):
+            _move(parameters, before, {})
             direction = newton_direction(
                 operator,
                 root,
@@ -190,9 +191,9 @@ def gauss_newton(
                 damping *= max(1 / 3, 1 - (2 * ratio - 1) ** 3)
                 growth = 2.0
                 break
-            _move(parameters, before, {})
             damping, growth = damping * growth, growth * 2
         else:
+            _move(parameters, before, {})
             result.status = Status.stagnated
             break
         result.steps += 1

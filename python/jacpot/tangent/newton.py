@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacpot.linalg import Solution, Status, solve
+from jacpot.linalg import Interrupted, Solution, Status, solve
 from jacpot.linalg.solve import prepare
 from jacpot.tangent.losses import Loss
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
@@ -150,48 +150,59 @@ def fit_convex(
     losses, inner, describe = [value], 0, "none"
     residual = float(gradient.norm()) / scale
     status = Status.converged if residual <= tol else Status.iteration_limit
-    for step in range(1, (100 if max_iter is None else max_iter) + 1):
-        if status is not Status.iteration_limit:
-            break
-        # Loose at first, tight at the end (Eisenstat & Walker 1996): superlinear convergence.
-        forcing = min(0.1, residual**0.5, max(0.5 * tol / residual, 1e-12) ** 0.5)
-        direction = newton_direction(
-            jacobian, loss.root(f, y), gradient, ridge, forcing, preconditioner, method
-        )
-        inner += direction.iterations
-        describe = direction.preconditioner
-        d = direction.x
-        slope = float(gradient @ d)
-        if not slope < 0:
-            status = Status.non_finite if slope != slope else Status.stagnated
-            break
-        moved = (exact @ d).reshape(shape)
-        length = 1.0
-        # The loss must fall; where its own rounding hides the change, the gradient must.
-        rounding = 8 * torch.finfo(torch.float64).eps * abs(value)
-        while True:
-            trial, at = f + length * moved, delta + length * d
-            after = objective(trial, at)
-            if after <= value + SUFFICIENT * length * slope:
+    interrupted = False
+    try:
+        for step in range(1, (100 if max_iter is None else max_iter) + 1):
+            if status is not Status.iteration_limit:
                 break
-            if abs(length * slope) <= rounding and float(kkt(trial, at).norm()) < residual * scale:
+            # Loose at first, tight at the end (Eisenstat & Walker 1996): superlinear convergence.
+            forcing = min(0.1, residual**0.5, max(0.5 * tol / residual, 1e-12) ** 0.5)
+            direction = newton_direction(
+                jacobian, loss.root(f, y), gradient, ridge, forcing, preconditioner, method
+            )
+            inner += direction.iterations
+            describe = direction.preconditioner
+            d = direction.x
+            slope = float(gradient @ d)
+            if not slope < 0:
+                status = Status.non_finite if slope != slope else Status.stagnated
                 break
-            length /= 2
+            moved = (exact @ d).reshape(shape)
+            length = 1.0
+            # The loss must fall; where its own rounding hides the change, the gradient must.
+            rounding = 8 * torch.finfo(torch.float64).eps * abs(value)
+            while True:
+                trial, at = f + length * moved, delta + length * d
+                after = objective(trial, at)
+                if after <= value + SUFFICIENT * length * slope:
+                    break
+                if (
+                    abs(length * slope) <= rounding
+                    and float(kkt(trial, at).norm()) < residual * scale
+                ):
+                    break
+                length /= 2
+                if length < 1e-10:
+                    break
             if length < 1e-10:
+                status = Status.stagnated
                 break
-        if length < 1e-10:
-            status = Status.stagnated
-            break
-        f, delta, value = trial, at, min(after, value)
-        gradient = kkt(f, delta)
-        residual = float(gradient.norm()) / scale
-        history.append(residual)
-        losses.append(value)
-        if residual <= tol:
-            status = Status.converged
-        if callback is not None and callback(step, residual, time.perf_counter() - start) is False:
-            status = status if status is Status.converged else Status.interrupted
-    return Solution(
+            f, delta, value = trial, at, min(after, value)
+            gradient = kkt(f, delta)
+            residual = float(gradient.norm()) / scale
+            history.append(residual)
+            losses.append(value)
+            if residual <= tol:
+                status = Status.converged
+            if (
+                callback is not None
+                and callback(step, residual, time.perf_counter() - start) is False
+            ):
+                status = status if status is Status.converged else Status.interrupted
+    except KeyboardInterrupt:
+        interrupted, status = True, Status.interrupted
+        residual = float(kkt(f, delta).norm()) / scale
+    solution = Solution(
         x=delta,
         status=status,
         iterations=len(history),
@@ -203,3 +214,6 @@ def fit_convex(
         seconds=time.perf_counter() - start,
         details={"loss": losses, "inner_iterations": inner},
     )
+    if interrupted:
+        raise Interrupted(solution)
+    return solution
