@@ -75,7 +75,14 @@ def test_ctrl_c_in_the_shell(tmp_path):
     """A real signal, wherever it falls, leaves a whole record that the same command continues."""
     command = [sys.executable, "-m", "jacpot.cli", "compare", "--out", str(tmp_path)]
     command += [*map(str, QUICK[:-6]), "--seeds", "1000", *map(str, QUICK[-6:])]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job that a shell put in the background ignores SIGINT, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "result.json").exists() and time.monotonic() < deadline:
@@ -86,7 +93,7 @@ def test_ctrl_c_in_the_shell(tmp_path):
         shown, complaint = running.communicate(timeout=120)
     finally:
         running.kill()
-        running.wait()
+        running.communicate()
     assert running.returncode == 130, complaint
     assert "seeds are finished and kept" in shown
     assert "Traceback" not in complaint

@@ -66,6 +66,16 @@ class Solution:
         Whole time, and the part of it that preparing (preconditioner, factorisation) took.
     details : dict
         Whatever else the method tells.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import jacpot
+    >>> solution = jacpot.solve(torch.diag(torch.tensor([2.0, 4.0])), torch.tensor([2.0, 8.0]))
+    >>> solution.converged
+    True
+    >>> solution.raise_if_failed().x
+    tensor([1., 2.], dtype=torch.float64)
     """
 
     x: Any

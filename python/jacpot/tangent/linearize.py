@@ -33,6 +33,19 @@ class LinearizedModule(nn.Module):
 
     Its parameters are the displacement Δ, zero at first: an optimizer can train them, and
     :meth:`fit` finds the best in closed form.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import jacpot
+    >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    >>> lin = jacpot.linearize(net)
+    >>> isinstance(lin, jacpot.LinearizedModule)
+    True
+    >>> x = torch.randn(5, 3)
+    >>> torch.equal(lin(x), net(x))  # Δ = 0 until it is fitted or trained
+    True
     """
 
     def __init__(self, module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> None:
