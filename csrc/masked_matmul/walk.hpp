@@ -109,8 +109,16 @@ std::int64_t tile_steps(const Lines& lines, const Shape<T>& shape, std::int64_t 
 }
 
 // Measured: somewhat more than the first-level cache forward, where one load feeds one FMA; a
-// part of the second-level cache for the fused backward, where it feeds two.
-inline constexpr std::int64_t forward_tile_bytes = 40 << 10, backward_tile_bytes = 256 << 10;
+// part of the second-level cache for the fused backward, where it feeds two, and for narrow
+// panels, whose time goes into reading the weight: it is best read in long pieces.
+inline constexpr std::int64_t wide_tile_bytes = 40 << 10, long_tile_bytes = 256 << 10;
+
+template <class T>
+std::int64_t forward_tile_bytes(const Shape<T>& shape) {
+  constexpr std::int64_t narrow = 64;
+  return shape.width * static_cast<std::int64_t>(sizeof(T)) <= narrow ? long_tile_bytes
+                                                                      : wide_tile_bytes;
+}
 inline constexpr std::int64_t block_bytes = 256 << 10;  // of the lines that are walked in a tile
 
 template <class T>
@@ -137,7 +145,7 @@ Status multiply(const Lines& lines, const T* values, const T* bias, bool relu, c
   parallel_workers(workers, tasks, [&](std::int64_t task, std::int64_t worker) {
     const std::int64_t panel = task / chunks.count, chunk = task % chunks.count;
     const Shape<T>& shape = panels.shape(panel);
-    const std::int64_t steps = tile_steps(lines, shape, forward_tile_bytes);
+    const std::int64_t steps = tile_steps(lines, shape, forward_tile_bytes(shape));
     T* input = inputs.get(worker);
     T* output = outputs.get(worker);
     load(panel, 0, lines.length, input);
@@ -159,8 +167,8 @@ Status multiply(const Lines& lines, const T* values, const T* bias, bool relu, c
 // up before the walk goes on.
 template <class F>
 void for_each_place(const Lines& lines, int threads, F&& f) {
-  constexpr std::int64_t block = 256;
-  const std::int64_t steps = std::max<std::int64_t>(1, 128 / lines.step);
+  constexpr std::int64_t block = 64;
+  const std::int64_t steps = std::max<std::int64_t>(1, 4096 / lines.step);
   parallel_for(threads, ceil_div(lines.lines, block), [&](std::int64_t task) {
     const std::int64_t first = task * block, last = std::min(lines.lines, first + block);
     for (std::int64_t s = 0; s < lines.steps; s += steps) {
@@ -205,7 +213,7 @@ Status walk_columns(const Lines& lines, const T* by_column, T* gradient, const B
         const std::int64_t last = std::min(end, first + block);
         for (std::int64_t p = start; p < stop; ++p) {
           const Shape<T>& shape = panels.shape(p);
-          const std::int64_t steps = tile_steps(lines, shape, backward_tile_bytes);
+          const std::int64_t steps = tile_steps(lines, shape, long_tile_bytes);
           const T* panel = packed.get() + (p - start) * panel_size;
           if (gradient) load_x(p, first, last, input);
           for (std::int64_t s = 0; s < lines.steps; s += steps) {
