@@ -11,6 +11,9 @@ from torch import nn
 from jacpot import tickets
 from jacpot.tickets import Mask, _files
 
+# Python 3.12 warns of forking a process with threads; the children here use none of them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 
 def make_net() -> nn.Sequential:
     torch.manual_seed(0)
