@@ -189,9 +189,12 @@ Status walk_columns(const Lines& lines, const T* by_column, T* gradient, const B
                     std::int64_t unit, int threads, LoadX&& load_x, LoadDy&& load_dy,
                     StoreDx&& store_dx) {
   if (panels.count() == 0 || lines.lines == 0) return {};
-  // Every thread walks all panels of dy: they are packed once, a group at a time.
-  constexpr std::int64_t group = 32;
+  // Every thread walks all panels of dy: they are packed once, and in groups that the last level
+  // of cache holds.
+  constexpr std::int64_t group_bytes = 4 << 20;
   const std::int64_t panel_size = lines.length * panels.width();
+  const std::int64_t group = std::max<std::int64_t>(
+      threads, group_bytes / (panel_size * static_cast<std::int64_t>(sizeof(T)) + 1));
   Scratch<T> packed = allocate_scratch<T>(std::min(group, panels.count()) * panel_size);
   const Chunks chunks{lines, std::min(lines.lines, threads * ceil_div(lines.lines, 512 * threads)),
                       unit};
