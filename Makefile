@@ -10,7 +10,7 @@ BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f 2>
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo emulator cuda test test-slow test-asan bench lint format stub docs clean
+.PHONY: help demo emulator cuda test test-slow test-asan bench lint tidy format stub docs clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,13 @@ lint: $(VENV)/installed  ## check formats, types, imports, directions of depende
 	$(BIN)/python tools/check_includes.py
 	$(BIN)/python tools/check_isa_symbols.py
 	$(BIN)/python tools/make_stub.py --check
+
+# Kernels compiled per instruction set and bindings are left out: they take minutes.
+TIDY_FILES = $(filter-out %kernels.cpp csrc/bindings/% %emulator.cpp,$(filter %.cpp,$(CXX_FILES)))
+tidy: $(VENV)/requirements  ## run clang-tidy over the portable C++
+	$(BIN)/python -m pip install --quiet clang-tidy
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset release >/dev/null
+	$(BIN)/clang-tidy -p build/release --quiet --extra-arg=-Wno-deprecated-declarations $(TIDY_FILES)
 
 format: $(VENV)/requirements  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix-only python tests bench tools
