@@ -15,6 +15,7 @@ void bind_cuda(py::module_& m) {
                         py::arg("multiprocessors") = limits.multiprocessors);
       },
       py::arg("device"), "What a device has, or why it cannot be used.");
+  bind_jacobian_cuda(m);
   bind_masked_matmul_cuda(m);
 }
 

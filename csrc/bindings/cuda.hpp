@@ -25,6 +25,7 @@ inline Array on_queue(py::handle object, const char* name, cuda::Queue queue,
   return array;
 }
 
+void bind_jacobian_cuda(py::module_& m);
 void bind_masked_matmul_cuda(py::module_& m);
 
 }  // namespace jacpot

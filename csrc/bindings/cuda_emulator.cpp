@@ -1,6 +1,10 @@
 // The module of the tests' emulator: the CUDA bindings over kernels that run on the CPU.
 #include "common/cuda_emulator.hpp"
 
+#include <pybind11/stl.h>
+
+#include <optional>
+
 #include "bindings/bind.hpp"
 
 PYBIND11_MODULE(_cuda_emulator, m) {
@@ -8,11 +12,16 @@ PYBIND11_MODULE(_cuda_emulator, m) {
   jacpot::bind_cuda(m);
   m.def(
       "configure",
-      [](std::int64_t shared_bytes, int multiprocessors, int order) {
-        jacpot::emulator::device() = {shared_bytes, multiprocessors,
-                                      static_cast<jacpot::emulator::Order>(order)};
+      [](std::optional<std::int64_t> shared_bytes, std::optional<int> multiprocessors,
+         std::optional<int> order) {
+        auto& device = jacpot::emulator::device();
+        if (shared_bytes) device.shared_bytes = *shared_bytes;
+        if (multiprocessors) device.multiprocessors = *multiprocessors;
+        if (order) device.order = static_cast<jacpot::emulator::Order>(*order);
       },
-      pybind11::arg("shared_bytes"), pybind11::arg("multiprocessors"), pybind11::arg("order"),
+      pybind11::kw_only(), pybind11::arg("shared_bytes") = pybind11::none(),
+      pybind11::arg("multiprocessors") = pybind11::none(),
+      pybind11::arg("order") = pybind11::none(),
       "What the device has, and in which order the threads of a block take turns: "
-      "0 forward, 1 reverse, 2 shuffled.");
+      "0 forward, 1 reverse, 2 shuffled. What is not given stays.");
 }

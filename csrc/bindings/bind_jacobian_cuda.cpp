@@ -1,0 +1,148 @@
+#include <vector>
+
+#include "bindings/cuda.hpp"
+#include "jacobian/gram_cuda.hpp"
+#include "jacobian/signs_cuda.hpp"
+
+namespace jacpot {
+namespace {
+
+// Factors as they come: activations (N, T, G, I) of any strides, and signals (N, K, T, G, O) with
+// an innermost stride of 1.
+struct Factors {
+  Array activations, signals;
+
+  Factors(const py::tuple& pair, DType dtype, cuda::Queue queue)
+      : activations(pair[0], "activations"), signals(pair[1], "signals") {
+    activations.expect_dtype({dtype}).expect_device(device_of(queue));
+    activations.expect_shape({Array::any, Array::any, Array::any, Array::any});
+    signals.expect_like(activations);
+    signals.expect_shape(
+        {activations.shape(0), Array::any, activations.shape(1), activations.shape(2), Array::any});
+    if (signals.shape(4) > 1 && signals.stride(4) != 1)
+      throw py::value_error("argument 'signals' must have an innermost stride of 1");
+  }
+  template <class T>
+  CudaGramFactors<T> group(std::int64_t g) const {
+    return {static_cast<const T*>(activations.data()) + g * activations.stride(2),
+            activations.stride(0),
+            activations.stride(1),
+            static_cast<const T*>(signals.data()) + g * signals.stride(3),
+            signals.stride(0),
+            signals.stride(1),
+            signals.stride(2)};
+  }
+};
+
+// layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left and
+// right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
+void gram(const py::list& layers, const std::string& outputs, py::handle out, int device,
+          std::uintptr_t stream) {
+  const cuda::Queue queue{device, stream};
+  if (outputs != "full" && outputs != "trace" && outputs != "diagonal")
+    throw py::value_error("argument 'outputs' must be 'full', 'trace' or 'diagonal', got '" +
+                          outputs + "'");
+  if (layers.empty()) throw py::value_error("argument 'layers' must not be empty");
+  const CudaGramOutputs wanted = outputs == "full"    ? CudaGramOutputs::full
+                                 : outputs == "trace" ? CudaGramOutputs::trace
+                                                      : CudaGramOutputs::diagonal;
+  const Array result(out, "out", Access::write);
+  result.expect_device(device_of(queue)).expect_contiguous();
+  dispatch_float(result, [&]<class T>() {
+    std::vector<CudaGramLayer<T>> list;
+    std::vector<Array> alive;
+    std::int64_t n = 0, m = 0, k = 0;
+    bool symmetric = true;
+    for (const py::handle item : layers) {
+      const auto entry = item.cast<py::tuple>();
+      const Factors left(entry[0].cast<py::tuple>(), result.dtype(), queue);
+      symmetric = entry[1].is_none();
+      const Factors right =
+          symmetric ? left : Factors(entry[1].cast<py::tuple>(), result.dtype(), queue);
+      const std::int64_t groups = left.activations.shape(2), units = left.signals.shape(4);
+      n = left.activations.shape(0);
+      m = right.activations.shape(0);
+      k = left.signals.shape(1);
+      right.signals.expect_shape({m, k, left.activations.shape(1), groups, units});
+      right.activations.expect_shape({m, Array::any, groups, left.activations.shape(3)});
+      CudaGramLayer<T> layer;
+      layer.positions = left.activations.shape(1);
+      layer.inputs = left.activations.shape(3);
+      layer.outputs = units;
+      layer.left_input = left.activations.stride(3);
+      layer.right_input = right.activations.stride(3);
+      layer.bias = entry[4].cast<bool>();
+      const std::int64_t* offsets = nullptr;
+      if (!entry[2].is_none()) {
+        const Array row_offsets =
+            on_queue(entry[2], "row_offsets", queue, {DType::int64}, {groups * units + 1});
+        const Array columns = on_queue(entry[3], "columns", queue, {DType::int32}, {Array::any});
+        offsets = static_cast<const std::int64_t*>(row_offsets.data());
+        layer.columns = static_cast<const std::int32_t*>(columns.data());
+        alive.insert(alive.end(), {row_offsets, columns});
+      }
+      alive.insert(alive.end(), {left.activations, left.signals, right.activations, right.signals});
+      for (std::int64_t g = 0; g < groups; ++g) {
+        layer.left = left.group<T>(g);
+        layer.right = right.group<T>(g);
+        layer.row_offsets = offsets ? offsets + g * units : nullptr;
+        list.push_back(layer);
+      }
+    }
+    switch (wanted) {
+      case CudaGramOutputs::full:
+        result.expect_shape({n, k, m, k});
+        break;
+      case CudaGramOutputs::trace:
+        result.expect_shape({n, m});
+        break;
+      case CudaGramOutputs::diagonal:
+        result.expect_shape({n, m, k});
+        break;
+    }
+    Status status;
+    {
+      const py::gil_scoped_release release;
+      status =
+          cuda_gram<T>(list, symmetric, n, m, k, wanted, static_cast<T*>(result.data()), queue);
+    }
+    raise_if_failed(status, "gram");
+  });
+}
+
+void draw_signs(std::int64_t seed, std::int64_t offset, std::int64_t first, py::handle out,
+                int device, std::uintptr_t stream) {
+  const cuda::Queue queue{device, stream};
+  const Array result =
+      on_queue(out, "out", queue, {DType::float32, DType::float64}, {Array::any, Array::any});
+  dispatch_float(result, [&]<class T>() {
+    raise_if_failed(cuda_signs<T>(static_cast<std::uint64_t>(seed), offset, result.shape(1), first,
+                                  first + result.shape(0), static_cast<T*>(result.data()), queue),
+                    "sketch");
+  });
+}
+
+void mirror(py::handle out, int device, std::uintptr_t stream) {
+  const cuda::Queue queue{device, stream};
+  const Array result =
+      on_queue(out, "out", queue, {DType::float32, DType::float64}, {Array::any, Array::any});
+  result.expect_shape({result.shape(0), result.shape(0)});
+  dispatch_float(result, [&]<class T>() {
+    raise_if_failed(cuda_mirror<T>(result.shape(0), static_cast<T*>(result.data()), queue), "gram");
+  });
+}
+
+}  // namespace
+
+void bind_jacobian_cuda(py::module_& m) {
+  m.def("jacobian_gram", &gram, py::arg("layers"), py::arg("outputs"), py::arg("out"),
+        py::arg("device"), py::arg("stream"),
+        "The fused Gram matrix of layers that are given as factors.");
+  m.def("jacobian_signs", &draw_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
+        py::arg("out"), py::arg("device"), py::arg("stream"),
+        "Random signs that depend on their position and the seed alone.");
+  m.def("jacobian_mirror", &mirror, py::arg("out"), py::arg("device"), py::arg("stream"),
+        "Copies the upper triangle to the lower.");
+}
+
+}  // namespace jacpot

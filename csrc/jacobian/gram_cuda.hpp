@@ -1,0 +1,45 @@
+// The fused Hadamard-Gram on a GPU; what is computed stands in gram.hpp.
+//
+// A block owns a tile of the output and goes through all layers, so that the output is written
+// once. For each pair of positions (and, under a mask, for each output unit) it forms the
+// activations' inner products of its examples once, in shared memory, and multiplies them into
+// those of the signals, which stay in registers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/cuda.hpp"
+
+namespace jacpot {
+
+// One side's factors of a layer (of one group). Strides count elements; that of a signal's
+// innermost index is 1.
+template <class T>
+struct CudaGramFactors {
+  const T* activations = nullptr;  // (N, T, I)
+  std::int64_t activations_example = 0, activations_position = 0;
+  const T* signals = nullptr;  // (N, K, T, O)
+  std::int64_t signals_example = 0, signals_output = 0, signals_position = 0;
+};
+
+template <class T>
+struct CudaGramLayer {
+  CudaGramFactors<T> left, right;
+  std::int64_t positions = 1, inputs = 0, outputs = 0;
+  std::int64_t left_input = 1, right_input = 1;  // strides of the activations' inputs
+  const std::int64_t* row_offsets = nullptr;     // kept weights by output unit, or null for all
+  const std::int32_t* columns = nullptr;
+  bool bias = false;
+};
+
+enum class CudaGramOutputs { full, trace, diagonal };
+
+// out: full (N, K, M, K), trace (N, M), diagonal (N, M, K), contiguous. A symmetric product has
+// M == N and right == left; it computes one half and is exactly symmetric.
+template <class T>
+Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, std::int64_t n,
+                 std::int64_t m, std::int64_t k, CudaGramOutputs outputs, T* out,
+                 cuda::Queue queue);
+
+}  // namespace jacpot

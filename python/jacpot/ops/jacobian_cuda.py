@@ -1,0 +1,182 @@
+"""The kernels of :mod:`jacpot.ops.jacobian` on a GPU, under the names of those on the CPU.
+
+Plain products of matrices are cuBLAS's. What is ours is what it has not: the fused Gram matrix, the
+products with sparse weights, the signs of a sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacpot import _backend
+from jacpot.ops import masked_matmul_cuda as sparse
+
+__all__ = [
+    "jacobian_add_row_products",
+    "jacobian_gram",
+    "jacobian_jvp",
+    "jacobian_mirror",
+    "jacobian_rows",
+    "jacobian_signs",
+    "jacobian_vjp",
+]
+
+Pair: TypeAlias = tuple[Tensor, Tensor]  # activations (N, T, G, I), signals (N, K, T, G, O)
+Layer: TypeAlias = tuple[Pair, Pair | None, Tensor | None, Tensor | None, bool]
+
+PANEL_BYTES = 256 << 20  # of intermediate results that are held at once, about
+
+
+def jacobian_gram(layers: Sequence[Layer], outputs: str, out: Tensor, threads: int) -> None:
+    """Write the fused Gram matrix of layers that are given as factors."""
+    kernels, queue = _backend.cuda(), _backend.queue(out)
+    prepared = []
+    for left, right, row_offsets, columns, bias in layers:
+        # Under a mask, inputs are picked one by one: examples must then be what is contiguous.
+        masked = row_offsets is not None
+        a = _by_example(left[0]) if masked else left[0]
+        other = right
+        if masked and right is not None:
+            other = (_by_example(right[0]), right[1])
+        prepared.append(((a, left[1]), other, row_offsets, columns, bias))
+    kernels.jacobian_gram(prepared, outputs, out, *queue)
+
+
+def _by_example(activations: Tensor) -> Tensor:
+    return activations.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def jacobian_mirror(out: Tensor, threads: int) -> None:
+    """Copy the upper triangle to the lower."""
+    _backend.cuda().jacobian_mirror(out, *_backend.queue(out))
+
+
+def jacobian_signs(seed: int, offset: int, first: int, out: Tensor, threads: int) -> None:
+    """Draw the signs of parameters ``offset...`` and columns ``first...``: the same as on a CPU."""
+    _backend.cuda().jacobian_signs(seed, offset, first, out, *_backend.queue(out))
+
+
+def jacobian_add_row_products(left: Tensor, right: Tensor | None, out: Tensor) -> None:
+    """``out += left · rightᵀ``; without a right one, right on and above the diagonal."""
+    other = left if right is None else right
+    if right is not None:
+        out.addmm_(left, other.T)
+        return
+    # In stripes, so that little is computed of the half that is not wanted.
+    rows = len(left)
+    step = max(512, -(-rows // 8))
+    for start in range(0, rows, step):
+        stripe = slice(start, start + step)
+        out[stripe, start:].addmm_(left[stripe], left[start:].T)
+
+
+def jacobian_rows(factors: Pair, out: Tensor, offset: int, threads: int) -> None:
+    """Write the columns of an unmasked weight with one position into ``out (N, K, P)``."""
+    a, s = factors
+    g, o, i = s.shape[3], s.shape[4], a.shape[3]
+    view = out[:, :, offset : offset + g * o * i].unflatten(2, (g, o, i))
+    torch.mul(s[:, :, 0, :, :, None], a[:, None, 0, :, None, :], out=view)
+
+
+def _chunks(n: int, bytes_of_one: int) -> list[slice]:
+    step = max(1, PANEL_BYTES // max(1, bytes_of_one))
+    return [slice(start, min(n, start + step)) for start in range(0, n, step)]
+
+
+def _dense_weight(v: Tensor, offsets: Tensor, columns: Tensor, inputs: int) -> Tensor:
+    """Put kept weights ``(R, nnz)`` into ``(R, G·O, I)``."""
+    units, nnz = len(offsets) - 1, len(columns)
+    rows = torch.arange(units, device=v.device)
+    flat = torch.repeat_interleave(rows, offsets.diff(), output_size=nnz) * inputs + columns
+    weight = v.new_zeros(len(v), units * inputs)
+    return weight.index_copy_(1, flat, v).view(len(v), units, inputs)
+
+
+def _walks(offsets: Tensor | None, columns: Tensor | None, a: Tensor, units: int) -> bool:
+    """Whether products go over kept weights one by one, not over the expanded weight."""
+    if offsets is None or columns is None or a.shape[2] != 1:
+        return False
+    return not sparse.dense_is_faster(len(columns) / max(1, units * a.shape[3]), a.dtype)
+
+
+def jacobian_jvp(
+    factors: Pair,
+    row_offsets: Tensor | None,
+    columns: Tensor | None,
+    bias: bool,
+    squared: bool,
+    vectors: Tensor,
+    out: Tensor,
+    threads: int,
+) -> None:
+    """``out (N, K, R) += J · vectors (R, P)ᵀ``; with ``squared``, of δ² in place of δ."""
+    a, s = factors
+    n, t, g, i = a.shape
+    k, o, r = s.shape[1], s.shape[4], len(vectors)
+    weights = g * o * i if columns is None else len(columns)
+    walk = weight = None
+    if row_offsets is None or columns is None:
+        weight = vectors[:, :weights].reshape(r, g, o, i)
+    elif _walks(row_offsets, columns, a, g * o):
+        walk = sparse.Walk.of(row_offsets, columns, i)
+    else:
+        dense = _dense_weight(vectors[:, :weights].contiguous(), row_offsets, columns, i)
+        weight = dense.view(r, g, o, i)
+    for part in _chunks(n, t * g * o * r * a.element_size()):
+        x = a[part]
+        if walk is not None:
+            flat = x.reshape(-1, i)
+            each = [sparse.multiply(walk, flat, v[:weights], None, False, False) for v in vectors]
+            z = torch.stack(each, -1).view(len(x), t, g, o, r)
+        else:
+            z = torch.einsum("ntgi,rgoi->ntgor", x, weight)
+        if bias:
+            z = z + vectors[:, weights:].T.reshape(g, o, r)
+        d = s[part].square() if squared else s[part]
+        out[part] += torch.bmm(d.reshape(len(x), k, t * g * o), z.reshape(len(x), t * g * o, r))
+
+
+def jacobian_vjp(
+    factors: Pair,
+    row_offsets: Tensor | None,
+    columns: Tensor | None,
+    bias: bool,
+    squared: bool,
+    u: Tensor,
+    out: Tensor,
+    threads: int,
+) -> None:
+    """``out (R, P) = uᵀ J`` for ``u (N, K, R)``; with ``squared``, of δ² in place of δ."""
+    a, s = factors
+    n, t, g, i = a.shape
+    k, o, r = s.shape[1], s.shape[4], u.shape[2]
+    weights = g * o * i if columns is None else len(columns)
+    walk = kept = None
+    if row_offsets is not None and columns is not None:
+        if _walks(row_offsets, columns, a, g * o):
+            walk = sparse.Walk.of(row_offsets, columns, i)
+        else:
+            rows = torch.arange(g * o, device=a.device)
+            rows = torch.repeat_interleave(rows, row_offsets.diff(), output_size=weights)
+            kept = rows * i + columns
+    out.zero_()
+    for part in _chunks(n, t * g * o * r * a.element_size()):
+        x, d = a[part], s[part].square() if squared else s[part]
+        w = torch.bmm(u[part].transpose(1, 2), d.reshape(len(x), k, t * g * o))
+        w = w.view(len(x), r, t, g, o)
+        if walk is not None:
+            flat = x.reshape(-1, i)
+            for j in range(r):
+                held = w[:, j].reshape(-1, g * o)
+                sampled = sparse.multiply_and_sample(walk, flat, None, held, False)[1]
+                assert sampled is not None
+                out[j, :weights] += sampled
+        else:
+            weight = torch.einsum("nrtgo,ntgi->rgoi", w, x).reshape(r, -1)
+            out[:, :weights] += weight if kept is None else weight.index_select(1, kept)
+        if bias:
+            out[:, weights:] += w.sum((0, 2)).reshape(r, -1)

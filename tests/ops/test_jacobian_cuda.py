@@ -1,0 +1,196 @@
+"""The CUDA kernels of the Jacobian, their logic run on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jacpot import _backend
+from jacpot.ops import jacobian_cuda as cuda
+from jacpot.reference import jacobian as oracle
+
+BOUND = {torch.float32: 1e-5, torch.float64: 1e-13}
+
+
+@pytest.fixture
+def kernels(emulated_cuda):
+    emulated_cuda.configure(shared_bytes=164 * 1024)
+    return emulated_cuda
+
+
+def factors(n, k, t, g, o, i, dtype, seed, density=None):
+    """Draw both factors, and a mask of the weight or None."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(n, t, g, i, generator=generator, dtype=dtype)
+    s = torch.randn(n, k, t, g, o, generator=generator, dtype=dtype)
+    mask = None
+    if density is not None:
+        mask = torch.rand(g * o, i, generator=generator) < density
+    return a, s, mask
+
+
+def layout(mask):
+    if mask is None:
+        return None, None
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+    return offsets, mask.nonzero()[:, 1].to(torch.int32)
+
+
+def rows_of(layers, bias):
+    return torch.cat([oracle.rows(a.double(), s.double(), m, bias) for a, s, m in layers], 2)
+
+
+def close(got, expected, dtype):
+    scale = max(1.0, expected.abs().max().item() if expected.numel() else 1.0)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=BOUND[dtype] * scale)
+
+
+@st.composite
+def problems(draw, outputs):
+    """A few layers of the same examples and outputs."""
+    k = draw(st.sampled_from([1, 2, 3, 5, 10, 70, 130] if outputs == "full" else [1, 2, 3]))
+    n, m = draw(st.integers(1, 150 // k + 2)), draw(st.integers(1, 150 // k + 2))
+    layers = []
+    for _ in range(draw(st.integers(1, 2))):
+        t, g = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+        o, i = draw(st.integers(1, 6)), draw(st.integers(1, 20))
+        layers.append((t, g, o, i, draw(st.sampled_from([None, 0.0, 0.3, 1.0]))))
+    return n, m, k, layers
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@settings(max_examples=5)
+@given(data=st.data(), symmetric=st.booleans(), bias=st.booleans(), seed=st.integers(0, 99))
+def test_gram(kernels, dtype, outputs, data, symmetric, bias, seed):
+    n, m, k, shapes = data.draw(problems(outputs))
+    if symmetric:
+        m = n
+    left, right, layers = [], [], []
+    for index, (t, g, o, i, density) in enumerate(shapes):
+        a, s, mask = factors(n, k, t, g, o, i, dtype, seed + index, density)
+        b, d, _ = factors(m, k, t, g, o, i, dtype, seed + index + 50)
+        left.append((a, s, mask))
+        right.append((a, s, mask) if symmetric else (b, d, mask))
+        layers.append(((a, s), None if symmetric else (b, d), *layout(mask), bias))
+    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    cuda.jacobian_gram(layers, outputs, out, 1)
+    close(out, oracle.gram(rows_of(left, bias), rows_of(right, bias), outputs), dtype)
+    if symmetric:
+        mirrored = out.permute(2, 3, 0, 1) if outputs == "full" else out.transpose(0, 1)
+        assert torch.equal(out, mirrored)
+
+
+def test_gram_of_more_layers_than_one_launch_takes(kernels):
+    layers = [factors(5, 2, 1, 1, 3, 4, torch.float64, seed) for seed in range(30)]
+    out = torch.empty(5, 2, 5, 2, dtype=torch.float64)
+    cuda.jacobian_gram([((a, s), None, None, None, True) for a, s, _ in layers], "full", out, 1)
+    rows = rows_of(layers, True)
+    close(out, oracle.gram(rows, rows, "full"), torch.float64)
+
+
+def test_gram_of_expanded_signals(kernels):
+    """Signals that are the same for all examples come as a view that repeats one."""
+    a, s, _ = factors(6, 3, 1, 1, 4, 5, torch.float64, 1)
+    s = s[:1].expand(6, -1, -1, -1, -1)
+    out = torch.empty(6, 3, 6, 3, dtype=torch.float64)
+    cuda.jacobian_gram([((a, s), None, None, None, False)], "full", out, 1)
+    rows = oracle.rows(a, s)
+    close(out, oracle.gram(rows, rows, "full"), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@settings(max_examples=15)
+@given(
+    sizes=st.tuples(*[st.integers(1, 5)] * 2, *[st.integers(1, 3)] * 2, *[st.integers(1, 9)] * 2),
+    density=st.sampled_from([None, 0.0, 0.1, 0.3, 1.0]),
+    bias=st.booleans(),
+    r=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_products(kernels, dtype, sizes, density, bias, r, seed):
+    n, k, *_ = sizes
+    a, s, mask = factors(*sizes, dtype, seed, density)
+    jacobian = rows_of([(a, s, mask)], bias)
+    p = jacobian.shape[2]
+    v, u = torch.randn(r, p, dtype=dtype), torch.randn(n, k, r, dtype=dtype)
+    out = torch.ones(n, k, r, dtype=dtype)
+    cuda.jacobian_jvp((a, s), *layout(mask), bias, False, v, out, 1)
+    close(out, 1 + oracle.jvp(jacobian, v.T.double()), dtype)
+    back = torch.full((r, p), torch.nan, dtype=dtype)
+    cuda.jacobian_vjp((a, s), *layout(mask), bias, False, u, back, 1)
+    close(back.T, oracle.vjp(jacobian, u.double()), dtype)
+    squares = rows_of([(a.square(), s.square(), mask)], bias)
+    cuda.jacobian_jvp((a.square(), s), *layout(mask), bias, True, v, out.zero_(), 1)
+    close(out, oracle.jvp(squares, v.T.double()), dtype)
+
+
+def test_products_in_parts(kernels, monkeypatch):
+    monkeypatch.setattr(cuda, "PANEL_BYTES", 100)
+    a, s, _ = factors(7, 2, 1, 1, 3, 4, torch.float64, 0)
+    jacobian = oracle.rows(a, s)
+    v, u = torch.randn(1, 12, dtype=torch.float64), torch.randn(7, 2, 1, dtype=torch.float64)
+    out = torch.zeros(7, 2, 1, dtype=torch.float64)
+    cuda.jacobian_jvp((a, s), None, None, False, False, v, out, 1)
+    close(out, oracle.jvp(jacobian, v.T), torch.float64)
+    back = torch.empty(1, 12, dtype=torch.float64)
+    cuda.jacobian_vjp((a, s), None, None, False, False, u, back, 1)
+    close(back.T, oracle.vjp(jacobian, u), torch.float64)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_are_written_in_place(kernels, groups):
+    a, s, _ = factors(4, 2, 1, groups, 3, 5, torch.float32, 0)
+    out = torch.zeros(4, 2, groups * 15 + 4)
+    cuda.jacobian_rows((a, s), out, 3, 1)
+    close(out[:, :, 3:-1], oracle.rows(a.double(), s.double()), torch.float32)
+    assert not out[:, :, :3].any()
+    assert not out[:, :, -1].any()
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    offset=st.integers(0, 10**12),
+    first=st.integers(0, 200),
+    shape=st.tuples(st.integers(0, 150), st.integers(0, 400)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_signs_are_those_of_the_cpu(kernels, seed, offset, first, shape, dtype):
+    got, expected = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    cuda.jacobian_signs(seed, offset, first, got, 1)
+    _backend.core.jacobian_signs(seed, offset, first, expected, 1)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 100])
+def test_mirror(kernels, n):
+    matrix = torch.randn(n, n)
+    expected = matrix.triu() + matrix.triu(1).T
+    cuda.jacobian_mirror(matrix, 1)
+    assert torch.equal(matrix, expected)
+
+
+def test_row_products(kernels):
+    x, y = torch.randn(1100, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    out = torch.ones(1100, 5, dtype=torch.float64)
+    cuda.jacobian_add_row_products(x, y, out)
+    close(out, 1 + x @ y.T, torch.float64)
+    square = torch.ones(1100, 1100, dtype=torch.float64)
+    cuda.jacobian_add_row_products(x, None, square)
+    close(square.triu(), (1 + x @ x.T).triu(), torch.float64)
+
+
+def test_refusals(kernels):
+    a, s, _ = factors(2, 1, 1, 1, 3, 4, torch.float32, 0)
+    out = torch.empty(2, 2)
+    with pytest.raises(TypeError, match="'activations' must be float32, got float64"):
+        cuda.jacobian_gram([((a.double(), s.double()), None, None, None, False)], "trace", out, 1)
+    strided = torch.stack([s, s], 5)[..., 0]
+    with pytest.raises(ValueError, match="'signals' must have an innermost stride of 1"):
+        cuda.jacobian_gram([((a, strided), None, None, None, False)], "trace", out, 1)
+    with pytest.raises(ValueError, match=r"'out' must have shape \(2, 2\), got \(3, 2\)"):
+        cuda.jacobian_gram([((a, s), None, None, None, False)], "trace", torch.empty(3, 2), 1)
