@@ -61,5 +61,6 @@ def emulated_cuda(
     order = ["forward", "reverse", "shuffled"].index(request.param)
     cuda_emulator.configure(shared_bytes=48 * 1024, multiprocessors=2, order=order)
     monkeypatch.setattr(_backend, "cuda", lambda: cuda_emulator)
+    monkeypatch.setattr(_backend, "on_cuda", lambda tensor: True)
     monkeypatch.setattr(_backend, "queue", lambda tensor: (0, 0))
     return cuda_emulator

@@ -20,7 +20,7 @@ except ImportError as error:  # pragma: no cover - a broken installation
         f"source folder. The loader said: {error}"
     ) from error
 
-__all__ = ["build_info", "core", "cuda", "isa", "queue", "threads"]
+__all__ = ["build_info", "core", "cuda", "isa", "on_cuda", "queue", "threads"]
 
 
 def threads() -> int:
@@ -43,6 +43,11 @@ def cuda() -> Any:
             "`pip install . -C cmake.define.JACPOT_CUDA=ON`, or move the tensors to the CPU"
         )
     return kernels
+
+
+def on_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a tensor takes the CUDA kernels."""
+    return tensor.is_cuda
 
 
 def queue(tensor: torch.Tensor) -> tuple[int, int]:

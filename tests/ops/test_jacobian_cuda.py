@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jacpot
 from jacpot import _backend
+from jacpot.ops import jacobian as ops
 from jacpot.ops import jacobian_cuda as cuda
 from jacpot.reference import jacobian as oracle
 
@@ -141,9 +143,10 @@ def test_products_in_parts(kernels, monkeypatch):
     close(back.T, oracle.vjp(jacobian, u), torch.float64)
 
 
+@pytest.mark.parametrize("positions", [1, 2])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_rows_are_written_in_place(kernels, groups):
-    a, s, _ = factors(4, 2, 1, groups, 3, 5, torch.float32, 0)
+def test_rows_are_written_in_place(kernels, groups, positions):
+    a, s, _ = factors(4, 2, positions, groups, 3, 5, torch.float32, 0)
     out = torch.zeros(4, 2, groups * 15 + 4)
     cuda.jacobian_rows((a, s), out, 3, 1)
     close(out[:, :, 3:-1], oracle.rows(a.double(), s.double()), torch.float32)
@@ -182,6 +185,37 @@ def test_row_products(kernels):
     square = torch.ones(1100, 1100, dtype=torch.float64)
     cuda.jacobian_add_row_products(x, None, square)
     close(square.triu(), (1 + x @ x.T).triu(), torch.float64)
+
+
+@pytest.mark.parametrize("density", [None, 0.1, 0.5])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_the_public_functions(kernels, density, positions):
+    a, s, mask = factors(6, 3, positions, 1, 4, 7, torch.float64, 5, density)
+    pattern = None if mask is None else jacpot.Pattern(mask)
+    rows = torch.randn(6, 3, 2, dtype=torch.float64)
+    blocks = [ops.Factors(a, s, pattern, bias=True), ops.Rows(rows)]
+    jacobian = torch.cat([oracle.rows(a, s, mask, True), rows], 2)
+    sizes = [b.n_parameters for b in blocks]
+    v, u = torch.randn(sum(sizes), 2).double(), torch.randn(6, 3, 2).double()
+    close(ops.dense(blocks), jacobian, a.dtype)
+    close(ops.jvp(blocks, v.split(sizes)), oracle.jvp(jacobian, v), a.dtype)
+    close(torch.cat(ops.vjp(blocks, u)), oracle.vjp(jacobian, u), a.dtype)
+    close(ops.row_norms(blocks), oracle.row_norms(jacobian), a.dtype)
+    close(ops.column_norms(blocks), oracle.column_norms(jacobian), a.dtype)
+    for outputs in ("full", "trace", "diagonal"):
+        expected = oracle.gram(jacobian, jacobian, outputs)
+        close(ops.gram(blocks, outputs=outputs), expected, a.dtype)
+        close(ops.gram(blocks, blocks, outputs=outputs), expected, a.dtype)
+    sketched = ops.sketch(blocks, 70, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "on_cuda", lambda tensor: False)
+        close(sketched, ops.sketch(blocks, 70, seed=3), a.dtype)
+
+
+def test_tensors_on_different_devices_are_refused():
+    a, s, _ = factors(2, 1, 1, 1, 3, 4, torch.float32, 0)
+    with pytest.raises(ValueError, match="must be on the CPU or a CUDA device, got meta"):
+        ops.Factors(a, s.to("meta"))
 
 
 def test_refusals(kernels):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacpot._backend import core, threads
+from jacpot._backend import threads
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_gram import Outputs, gram
+from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = [
     "Block",
@@ -38,11 +39,13 @@ def _like(result: Tensor, blocks: Sequence[Block]) -> Any:
     return result.numpy() if blocks[0].is_numpy else result
 
 
-def _columns(vector: Any, size: int, dtype: torch.dtype, name: str) -> Tensor:
+def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
     """Give a block's right-hand sides as ``(P_block, R)``."""
     tensor = torch.as_tensor(vector)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype} like the blocks, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the blocks, got {tensor.device}")
     if tensor.ndim not in (1, 2) or tensor.shape[0] != size:
         raise ValueError(
             f"{name} must have shape ({size},) or ({size}, R), got {tuple(tensor.shape)}"
@@ -52,13 +55,15 @@ def _columns(vector: Any, size: int, dtype: torch.dtype, name: str) -> Tensor:
 
 def _add_jvp(block: Factors, vectors: Tensor, out: Tensor) -> None:
     """``out (N, K, R) += J · vectors (R, P)ᵀ``."""
-    core.jacobian_jvp(block.operands, *block.layout, block.bias, False, vectors, out, threads())
+    kernels(out).jacobian_jvp(
+        block.operands, *block.layout, block.bias, False, vectors, out, threads()
+    )
 
 
 def _vjp(block: Factors, u: Tensor) -> Tensor:
     """``uᵀ J``, ``(R, P)``, for contiguous ``u (N, K, R)``."""
     out = u.new_empty(u.shape[2], block.n_parameters)
-    core.jacobian_vjp(block.operands, *block.layout, block.bias, False, u, out, threads())
+    kernels(out).jacobian_vjp(block.operands, *block.layout, block.bias, False, u, out, threads())
     return out
 
 
@@ -97,13 +102,13 @@ def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
             f"vectors must hold one array per block, {len(blocks)}, got {len(vectors)}"
         )
     columns = [
-        _columns(v, b.n_parameters, dtype, f"vectors[{i}]")
+        _columns(v, b.n_parameters, dtype, b.device, f"vectors[{i}]")
         for i, (b, v) in enumerate(zip(blocks, vectors, strict=True))
     ]
     if len({c.shape[1] for c in columns}) != 1 or len({v.ndim for v in vectors}) != 1:
         raise ValueError("vectors must all be one column or all have the same number of columns")
     r = columns[0].shape[1]
-    out = torch.zeros(n, k, r, dtype=dtype)
+    out = torch.zeros(n, k, r, dtype=dtype, device=blocks[0].device)
     for block, column in zip(blocks, columns, strict=True):
         if isinstance(block, Rows):
             out += block.rows @ column
@@ -142,6 +147,8 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
     tensor = torch.as_tensor(u)
     if tensor.dtype != dtype:
         raise TypeError(f"u must be {dtype} like the blocks, got {tensor.dtype}")
+    if tensor.device != blocks[0].device:
+        raise ValueError(f"u must be on {blocks[0].device} like the blocks, got {tensor.device}")
     if tensor.ndim not in (2, 3) or tensor.shape[:2] != (n, k):
         raise ValueError(
             f"u must have shape ({n}, {k}) or ({n}, {k}, R), got {tuple(tensor.shape)}"
@@ -169,7 +176,9 @@ def dense(blocks: Sequence[Block]) -> Any:
     tensor([[[3., 6., 4., 8.]]])
     """
     n, k, dtype = check_blocks(blocks)
-    out = torch.empty(n, k, sum(b.n_parameters for b in blocks), dtype=dtype)
+    out = torch.empty(
+        n, k, sum(b.n_parameters for b in blocks), dtype=dtype, device=blocks[0].device
+    )
     start = 0
     for block in blocks:
         weights = _write_rows(block, out, start)
@@ -185,7 +194,7 @@ def _write_rows(block: Block, out: Tensor, start: int) -> int:
     """Write a weight's columns straight into ``out`` where they need no selection; say how many."""
     if isinstance(block, Rows) or block.pattern is not None or not block.n_weights:
         return 0
-    core.jacobian_rows(block.for_rows, out, start, threads())
+    kernels(out).jacobian_rows(block.for_rows, out, start, threads())
     return block.n_weights
 
 
@@ -199,7 +208,7 @@ def row_norms(blocks: Sequence[Block]) -> Any:
     tensor([[5.]])
     """
     n, k, dtype = check_blocks(blocks)
-    total = torch.zeros(n, k, 1, dtype=dtype)
+    total = torch.zeros(n, k, 1, dtype=dtype, device=blocks[0].device)
     for block in blocks:
         if isinstance(block, Factors) and block.n_positions == 1:
             # J[n,k,e]² = δ² a², so that the squares' sum is a product with ones.
@@ -207,9 +216,11 @@ def row_norms(blocks: Sequence[Block]) -> Any:
             if block.pattern is None:
                 squares = squares.sum(3, keepdim=True)
             count = block.n_parameters if block.pattern is not None else _units(block)
-            ones = torch.ones(1, count, dtype=dtype)
+            ones = torch.ones(1, count, dtype=dtype, device=block.device)
             factors = squares, block.operands[1]
-            core.jacobian_jvp(factors, *block.layout, block.bias, True, ones, total, threads())
+            kernels(total).jacobian_jvp(
+                factors, *block.layout, block.bias, True, ones, total, threads()
+            )
         else:
             for panel in row_panels(block):
                 total[:, :, 0] += panel.square().sum(2)
@@ -232,15 +243,17 @@ def column_norms(blocks: Sequence[Block]) -> Any:
     tensor([5., 1.])
     """
     n, k, dtype = check_blocks(blocks)
-    parts = [torch.empty(0, dtype=dtype)]
+    parts = [torch.empty(0, dtype=dtype, device=blocks[0].device)]
     for block in blocks:
         if isinstance(block, Factors) and block.n_positions == 1:
             factors = block.operands[0].square(), block.operands[1]
             ones, out = (
-                torch.ones(n, k, 1, dtype=dtype),
-                torch.empty(1, block.n_parameters, dtype=dtype),
+                torch.ones(n, k, 1, dtype=dtype, device=block.device),
+                torch.empty(1, block.n_parameters, dtype=dtype, device=block.device),
             )
-            core.jacobian_vjp(factors, *block.layout, block.bias, True, ones, out, threads())
+            kernels(out).jacobian_vjp(
+                factors, *block.layout, block.bias, True, ones, out, threads()
+            )
             parts.append(out[0].sqrt_())
         else:
             parts += [panel.square().sum((0, 1)).sqrt() for panel in row_panels(block)]
@@ -298,14 +311,16 @@ def sketch(
         raise ValueError(
             f"offsets must hold one number per block, {len(blocks)}, got {len(offsets)}"
         )
-    out = torch.zeros(n, k, dim, dtype=dtype)
+    out = torch.zeros(n, k, dim, dtype=dtype, device=blocks[0].device)
     for block, offset in zip(blocks, offsets, strict=True):
         p = block.n_parameters
         width = max(1, PANEL_ELEMENTS // max(1, p))
         for start in range(0, dim, width):
-            signs = torch.empty(min(width, dim - start), p, dtype=dtype)
-            core.jacobian_signs((seed + 2**63) % 2**64 - 2**63, offset, start, signs, threads())
-            part = torch.zeros(n, k, len(signs), dtype=dtype)
+            signs = torch.empty(min(width, dim - start), p, dtype=dtype, device=blocks[0].device)
+            kernels(signs).jacobian_signs(
+                (seed + 2**63) % 2**64 - 2**63, offset, start, signs, threads()
+            )
+            part = torch.zeros(n, k, len(signs), dtype=dtype, device=blocks[0].device)
             if isinstance(block, Rows):
                 torch.matmul(block.rows, signs.T, out=part)
             else:

@@ -11,7 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from jacpot._backend import core, threads
+from jacpot._backend import threads
+from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = ["Block", "Factors", "KeptWeights", "Rows", "check_blocks", "row_panels"]
 
@@ -39,7 +40,7 @@ class KeptWeights(Protocol):
 
 
 def _tensor(array: Any, name: str, rank: int) -> Tensor:
-    """Give the argument as a CPU tensor that shares its memory, or a refusal that names it."""
+    """Give the argument as a tensor that shares its memory, or a refusal that names it."""
     tensor = torch.from_numpy(array) if isinstance(array, numpy.ndarray) else array
     if not isinstance(tensor, Tensor):
         raise TypeError(
@@ -47,8 +48,8 @@ def _tensor(array: Any, name: str, rank: int) -> Tensor:
         )
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
     if tensor.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
     return tensor.detach()
@@ -75,7 +76,7 @@ class Factors:
     TypeError
         If an array is neither float32 nor float64, or the two differ.
     ValueError
-        If shapes do not fit each other, or an array is not on the CPU.
+        If shapes or devices do not fit each other.
 
     Examples
     --------
@@ -96,6 +97,8 @@ class Factors:
         s = _tensor(self.signals, "signals", 5)
         if a.dtype != s.dtype:
             raise TypeError(f"signals must be {a.dtype} like activations, got {s.dtype}")
+        if a.device != s.device:
+            raise ValueError(f"signals must be on {a.device} like activations, got {s.device}")
         n, t, g, i = a.shape
         if (s.shape[0], s.shape[2], s.shape[3]) != (n, t, g):
             raise ValueError(
@@ -135,6 +138,11 @@ class Factors:
         return self.signals.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where both factors lie."""
+        return self.signals.device
+
+    @property
     def n_weights(self) -> int:
         """Kept weights, the bias not counted."""
         g, o, i = self.shape
@@ -150,14 +158,14 @@ class Factors:
         """Where the kept weights of each of the ``G·O`` rows begin and end, int64."""
         if self.pattern is None:
             raise RuntimeError("a block without a pattern has no row offsets")
-        return torch.from_numpy(numpy.asarray(self.pattern.row_offsets).astype(numpy.int64))
+        return torch.as_tensor(self.pattern.row_offsets).to(self.device, torch.int64)
 
     @cached_property
     def column_indices(self) -> Tensor:
         """Input of each kept weight, int32."""
         if self.pattern is None:
             raise RuntimeError("a block without a pattern has no column indices")
-        return torch.from_numpy(numpy.asarray(self.pattern.column_indices).astype(numpy.int32))
+        return torch.as_tensor(self.pattern.column_indices).to(self.device, torch.int32)
 
     @cached_property
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -199,7 +207,8 @@ class Factors:
     def kept(self) -> Tensor:
         """Flat index of each kept weight in the ``(G·O, I)`` block, int64."""
         counts = self.row_offsets.diff()
-        rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        rows = torch.arange(len(counts), device=self.device)
+        rows = torch.repeat_interleave(rows, counts, output_size=self.n_weights)
         return rows * self.shape[2] + self.column_indices.long()
 
 
@@ -246,6 +255,11 @@ class Rows:
         """The element type."""
         return self.rows.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.rows.device
+
 
 Block: TypeAlias = Factors | Rows
 
@@ -258,7 +272,7 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
     TypeError
         If an entry is no block, or dtypes differ.
     ValueError
-        If there are none, or they differ in examples or outputs.
+        If there are none, or they differ in device, examples or outputs.
     """
     if not blocks:
         raise ValueError(f"{name} must hold at least one block, got none")
@@ -269,6 +283,10 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
     for i, block in enumerate(blocks):
         if block.dtype != first.dtype:
             raise TypeError(f"{name}[{i}] must be {first.dtype} like {name}[0], got {block.dtype}")
+        if block.device != first.device:
+            raise ValueError(
+                f"{name}[{i}] must be on {first.device} like {name}[0], got {block.device}"
+            )
         if (block.n_examples, block.n_outputs) != (first.n_examples, first.n_outputs):
             raise ValueError(
                 f"{name}[{i}] must have {first.n_examples} examples and {first.n_outputs} outputs "
@@ -296,7 +314,7 @@ def row_panels(block: Block, budget: int = PANEL_BYTES, weights: bool = True) ->
                 stop = min(o, start + width)
                 factors = a[:, :, group : group + 1], s[:, :, :, group : group + 1, start:stop]
                 panel = a.new_empty(n, k, (stop - start) * i)
-                core.jacobian_rows(factors, panel, 0, threads())
+                kernels(panel).jacobian_rows(factors, panel, 0, threads())
                 if block.pattern is not None:
                     low, high = group * o + start, group * o + stop
                     kept = block.kept[block.row_offsets[low] : block.row_offsets[high]]

@@ -75,11 +75,20 @@ def jacobian_add_row_products(left: Tensor, right: Tensor | None, out: Tensor) -
 
 
 def jacobian_rows(factors: Pair, out: Tensor, offset: int, threads: int) -> None:
-    """Write the columns of an unmasked weight with one position into ``out (N, K, P)``."""
+    """Write the columns of an unmasked weight into ``out (N, K, P)``."""
     a, s = factors
-    g, o, i = s.shape[3], s.shape[4], a.shape[3]
-    view = out[:, :, offset : offset + g * o * i].unflatten(2, (g, o, i))
-    torch.mul(s[:, :, 0, :, :, None], a[:, None, 0, :, None, :], out=view)
+    (n, k, t, g, o), i = s.shape, a.shape[3]
+    view = out.as_strided(
+        (n, k, g, o, i),
+        (out.stride(0), out.stride(1), o * i, i, 1),
+        out.storage_offset() + offset,
+    )
+    if t == 1:
+        torch.mul(s[:, :, 0, :, :, None], a[:, None, 0, :, None, :], out=view)
+        return
+    for group in range(g):
+        left = s[:, :, :, group].transpose(2, 3).reshape(n, k * o, t)
+        view[:, :, group] = torch.bmm(left, a[:, :, group]).view(n, k, o, i)
 
 
 def _chunks(n: int, bytes_of_one: int) -> list[slice]:

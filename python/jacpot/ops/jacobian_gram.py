@@ -8,8 +8,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from jacpot._backend import core, threads
+from jacpot._backend import threads
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
+from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = ["Outputs", "Rows", "gram", "pairwise_is_cheaper"]
 
@@ -61,6 +62,8 @@ def gram(
         raise ValueError(f"outputs must be 'full', 'trace' or 'diagonal', got {outputs!r}")
     if dtype_right != dtype:
         raise TypeError(f"right must be {dtype} like left, got {dtype_right}")
+    if left[0].device != others[0].device:
+        raise ValueError(f"right must be on {left[0].device} like left, got {others[0].device}")
     if k_right != k:
         raise ValueError(f"right must have {k} outputs like left, got {k_right}")
     sizes = [b.n_parameters for b in left], [b.n_parameters for b in others]
@@ -70,11 +73,13 @@ def gram(
         )
     shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     if out is None:
-        result = torch.empty(shape, dtype=dtype)
+        result = torch.empty(shape, dtype=dtype, device=left[0].device)
     else:
         result = torch.as_tensor(out)
         if result.dtype != dtype:
             raise TypeError(f"out must be {dtype}, got {result.dtype}")
+        if result.device != left[0].device:
+            raise ValueError(f"out must be on {left[0].device} like left, got {result.device}")
         if tuple(result.shape) != shape or not result.is_contiguous():
             raise ValueError(f"out must be contiguous of shape {shape}, got {tuple(result.shape)}")
     fused, generated = [], []
@@ -87,7 +92,7 @@ def gram(
         else:
             generated.append((a, b))
     if fused:
-        core.jacobian_gram(fused, outputs, result, threads())
+        kernels(result).jacobian_gram(fused, outputs, result, threads())
     else:
         result.zero_()
     for a, b in generated:
@@ -98,7 +103,7 @@ def gram(
             result.copy_((upper + upper.triu(1).transpose(1, 2)).permute(1, 2, 0))
         else:
             rows = n * k if outputs == "full" else n
-            core.jacobian_mirror(result.view(rows, rows), threads())
+            kernels(result).jacobian_mirror(result.view(rows, rows), threads())
     return (result.numpy() if left[0].is_numpy else result) if out is None else out
 
 
@@ -138,4 +143,4 @@ def _add_rows(result: Tensor, left: Block, right: Block, outputs: Outputs, symme
         x = a.flatten(first, first + 1).contiguous()
         y = None if b is None else b.flatten(first, first + 1).contiguous()
         square = result.view(len(x), len(x) if y is None else len(y))
-        core.jacobian_add_row_products(x, y, square)
+        kernels(result).jacobian_add_row_products(x, y, square)
