@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,57 @@ def test_any_dlpack_object_is_taken():
     seen = core.describe_array(DLPackOnly(tensor))
     assert seen == core.describe_array(tensor)
     assert seen["stride"] == (1, 3)
+
+
+class _DLPack:
+    """The start of DLPack's managed tensor, for a tensor that is on no device we have."""
+
+    def __init__(self, device: tuple[int, int]) -> None:
+        class Tensor(ctypes.Structure):
+            _fields_ = [
+                ("data", ctypes.c_void_p),
+                ("device", ctypes.c_int32 * 2),
+                ("ndim", ctypes.c_int32),
+                ("dtype", ctypes.c_uint8 * 4),
+                ("shape", ctypes.POINTER(ctypes.c_int64)),
+                ("strides", ctypes.c_void_p),
+                ("offset", ctypes.c_uint64),
+            ]
+
+        class Managed(ctypes.Structure):
+            _fields_ = [
+                ("tensor", Tensor),
+                ("context", ctypes.c_void_p),
+                ("deleter", ctypes.c_void_p),
+            ]
+
+        self.device = device
+        self.shape = (ctypes.c_int64 * 2)(2, 2)
+        float32 = (ctypes.c_uint8 * 4)(2, 32, 1, 0)
+        tensor = Tensor(16, (ctypes.c_int32 * 2)(*device), 2, float32, self.shape, None, 0)
+        self.managed = Managed(tensor, None, None)
+        self.stream = "not asked"
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, stream=None):
+        self.stream = stream
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+
+
+def test_arrays_on_a_gpu_are_seen_without_waiting_and_refused_by_kernels_of_the_cpu():
+    array = _DLPack((2, 1))
+    seen = core.describe_array(array)
+    assert (seen["device"], seen["shape"]) == ("cuda", (2, 2))
+    assert array.stream == -1, "no stream has to wait for another"
+    with pytest.raises(ValueError, match="'out' must be on the CPU, got cuda:1"):
+        core.jacobian_mirror(_DLPack((2, 1)), 1)
+
+
+def test_arrays_on_another_gpu_than_the_queue_are_refused(emulated_cuda):
+    with pytest.raises(ValueError, match="'out' must be on cpu, got cuda:1"):
+        emulated_cuda.jacobian_mirror(_DLPack((2, 1)), 0, 0)

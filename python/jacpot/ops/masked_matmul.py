@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacpot.ops.arrays import as_tensor, like
 from jacpot.ops.masked_matmul_operators import multiply, ops
 from jacpot.ops.pattern import Pattern
 
@@ -46,8 +47,8 @@ def masked_matmul(
     Parameters
     ----------
     x
-        ``(..., in)``, float32, float64 or (PyTorch) bfloat16, whose sums are taken in float32;
-        any strides.
+        ``(..., in)``, float32, float64 or (PyTorch) bfloat16, on a GPU float16 too; 16-bit values
+        are summed in float32. NumPy, PyTorch or CuPy; any strides.
     values
         ``(nnz,)``: kept entries of the weight in row order (:meth:`Pattern.compress`), of the
         dtype of x.
@@ -67,7 +68,7 @@ def masked_matmul(
 
     Returns
     -------
-    Tensor or numpy.ndarray
+    Tensor, numpy.ndarray or cupy.ndarray
         ``(..., out)``, of the kind of x. Differentiable with regard to x, values and bias,
         any number of times.
 
@@ -86,10 +87,11 @@ def masked_matmul(
     tensor([[4., 3.]])
     """
     if not isinstance(x, Tensor):
-        arrays = [None if a is None else torch.as_tensor(a) for a in (x, values, bias)]
-        return masked_matmul(
+        arrays = [None if a is None else as_tensor(a) for a in (x, values, bias)]
+        y = masked_matmul(
             arrays[0], arrays[1], pattern, arrays[2], relu=relu, layout=layout, method=method
-        ).numpy()
+        )
+        return like(y, x)
     return product(
         x,
         values,

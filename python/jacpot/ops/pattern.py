@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jacpot import _backend
+from jacpot.ops.arrays import mask_of_sparse
 
 __all__ = ["Pattern"]
 
@@ -22,7 +23,8 @@ class Pattern:
     Parameters
     ----------
     mask
-        ``(out, in)``, boolean: a NumPy, PyTorch or CuPy array. True means kept.
+        ``(out, in)``, boolean: a NumPy, PyTorch or CuPy array. True means kept. Or a sparse
+        matrix of SciPy or CuPy, whose stored entries are kept.
 
     Raises
     ------
@@ -54,6 +56,8 @@ class Pattern:
     nnz: int
 
     def __init__(self, mask: Any) -> None:
+        if hasattr(mask, "tocoo"):
+            mask = mask_of_sparse(mask)
         if isinstance(mask, Tensor):
             device = mask.device
             host: Any = mask.detach().cpu()

@@ -1,0 +1,69 @@
+"""Arrays of other libraries. CuPy is stood in for: its arrays need a GPU to exist."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+import jacpot
+from jacpot.ops.arrays import as_tensor, like
+
+DEVICE_OF_CPU = (1, 0)
+
+
+class Array:
+    """What of a CuPy array the library sees: DLPack, and the name of its module."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **keywords):
+        return self.tensor.__dlpack__()
+
+    def __dlpack_device__(self):
+        return DEVICE_OF_CPU
+
+
+Array.__module__ = "cupy"
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    module = types.ModuleType("cupy")
+    module.from_dlpack = Array
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_cupy_arrays_share_their_memory(cupy):
+    tensor = torch.arange(6.0).view(2, 3)
+    seen = as_tensor(Array(tensor))
+    assert seen.data_ptr() == tensor.data_ptr()
+    assert isinstance(like(seen, Array(tensor)), Array)
+    assert like(seen, Array(tensor)).tensor.data_ptr() == tensor.data_ptr()
+
+
+def test_numpy_arrays_share_their_memory():
+    array = np.arange(6.0).reshape(2, 3)
+    assert as_tensor(array).data_ptr() == array.ctypes.data
+    assert isinstance(like(as_tensor(array), array), np.ndarray)
+
+
+def test_cupy_in_cupy_out(cupy):
+    pattern = jacpot.Pattern(torch.tensor([[True, False, True], [False, False, True]]))
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    y = jacpot.masked_matmul(Array(x), Array(torch.ones(3)), pattern)
+    assert isinstance(y, Array)
+    assert torch.equal(y.tensor, torch.tensor([[4.0, 3.0]]))
+
+
+@pytest.mark.parametrize("make", [scipy.sparse.csr_array, scipy.sparse.coo_matrix])
+def test_stored_entries_of_a_sparse_matrix_are_kept(make):
+    mask = np.random.default_rng(0).random((13, 29)) < 0.2
+    pattern = jacpot.Pattern(make(mask.astype(np.float32)))
+    assert torch.equal(pattern.mask(), torch.from_numpy(mask))
