@@ -27,7 +27,16 @@ from rich.table import Table
 
 import jacpot
 
-__all__ = ["Report", "Timing", "alternate", "environment", "max_error", "parser"]
+__all__ = [
+    "Report",
+    "Timing",
+    "alternate",
+    "cuda_clock",
+    "environment",
+    "max_error",
+    "parser",
+    "wall_clock",
+]
 
 
 @dataclass
@@ -51,9 +60,30 @@ class Timing:
         return (high - low) / self.median
 
 
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def wall_clock(call: Callable[[], Any]) -> float:
+    """Time a call that has done its work when it returns."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def cuda_clock(call: Callable[[], Any]) -> float:
+    """Time what a call puts on the current stream of the GPU, by events on that stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def alternate(
     contenders: Mapping[str, Callable[[], Any]],
     *,
+    clock: Clock = wall_clock,
     budget: float = 3.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
@@ -74,9 +104,7 @@ def alternate(
             if round_ >= min_rounds and time.perf_counter() - start > budget:
                 break
             for name, call in contenders.items():
-                begin = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock(call))
     finally:
         if was_enabled:
             gc.enable()
@@ -110,6 +138,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu,
         "system": platform.platform(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "jacpot": jacpot.build_info(),
         "mkl": torch.backends.mkl.is_available(),
     }
