@@ -216,7 +216,7 @@ def _layout(
     rank = torch.arange(g * o * i)
     if column.kept is not None:
         rank = torch.full((g * o * i,), -1)
-        rank[column.kept] = torch.arange(len(column.kept))
+        rank[column.kept.cpu()] = torch.arange(len(column.kept))
     if weight.transposed:
         rank = rank.view(g, i, o).transpose(1, 2).flatten()
     order = rank[rank >= 0] if weight.transposed else None
