@@ -28,7 +28,7 @@ def generate() -> str:
         if not made.exists():  # a build with CUDA has a submodule, so the stub is a package
             made = made.with_suffix("") / "__init__.pyi"
         made.write_text(HEADER + "\n".join(without_cuda(made.read_text())) + "\n")
-        subprocess.run(["ruff", "format", "--quiet", str(made)], check=True)
+        subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(made)], check=True)
         return made.read_text()
 
 
