@@ -16,6 +16,7 @@ void bind_cuda(py::module_& m) {
       },
       py::arg("device"), "What a device has, or why it cannot be used.");
   bind_jacobian_cuda(m);
+  bind_krylov_cuda(m);
   bind_masked_matmul_cuda(m);
 }
 

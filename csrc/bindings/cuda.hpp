@@ -26,6 +26,7 @@ inline Array on_queue(py::handle object, const char* name, cuda::Queue queue,
 }
 
 void bind_jacobian_cuda(py::module_& m);
+void bind_krylov_cuda(py::module_& m);
 void bind_masked_matmul_cuda(py::module_& m);
 
 }  // namespace jacpot

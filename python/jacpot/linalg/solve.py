@@ -11,7 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from jacpot._backend import core, threads
+from jacpot._backend import core, on_cuda, threads
+from jacpot.linalg.cuda import solve_on_cuda
 from jacpot.linalg.operator import (
     DenseOperator,
     LinearOperator,
@@ -65,7 +66,9 @@ def solve(
         The matrix A (m, n): an array, a `LinearOperator`, a SciPy operator, or a function
         ``v -> A v`` (see `jacpot.linalg.as_operator`).
     rhs
-        b, (m,) or (m, R): a CPU tensor or NumPy array, float32 or float64.
+        b, (m,) or (m, R): a tensor or NumPy array, float32 or float64. For a CUDA tensor there
+        are ``"cg"`` (also as ``"auto"``) and ``"cholesky"``; the operator is then a symmetric
+        positive definite CUDA tensor, a `LinearOperator` of such, or a function.
     damping
         Non-negative.
     method
@@ -116,6 +119,10 @@ def solve(
     (True, tensor([0.0909, 0.6364], dtype=torch.float64))
     """
     start = time.perf_counter()
+    if isinstance(rhs, Tensor) and on_cuda(rhs):
+        return solve_on_cuda(
+            operator, rhs, damping, method, tol, max_iter, x0, preconditioner, callback
+        )
     b = _as_tensor(rhs, "rhs")
     if b.ndim not in (1, 2):
         raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
