@@ -124,6 +124,23 @@ def gram_matrices(report: Report, device: str, small: bool, timing: dict[str, An
         )
 
 
+def kernel_solve(report: Report, device: str, small: bool, timing: dict[str, Any]) -> None:
+    n, columns, iterations = (200 if small else 16_384), 10, 24
+    factor = torch.randn(n, 2 * n, device=device) / n**0.5
+    matrix = factor @ factor.T
+    b = torch.randn(n, columns, device=device)
+    copy = torch.empty_like(matrix)
+    report.compare(
+        f"{iterations} CG iterations, N={n}, {columns} right-hand sides",
+        {
+            "jacpot": lambda: jacpot.solve(matrix, b, method="cg", tol=1e-30, max_iter=iterations),
+            "one copy of the matrix": lambda: copy.copy_(matrix),
+        },
+        agree=None,
+        **timing,
+    )
+
+
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -140,6 +157,7 @@ def main() -> int:
     report = Report(f"CUDA kernels on {device}")
     sparse_products(report, device, small, timing)
     gram_matrices(report, device, small, timing)
+    kernel_solve(report, device, small, timing)
     report.show()
     if arguments.json:
         report.save(arguments.json)
