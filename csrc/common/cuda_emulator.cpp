@@ -7,6 +7,7 @@
 #include <random>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -25,7 +26,7 @@ enum class State { ready, at_block_barrier, at_warp_barrier, ended };
 
 struct Fiber {
   ucontext_t context{};
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[stack_bytes]};
+  unsigned char* stack = nullptr;
   dim3 thread;
   State state = State::ready;
   std::vector<std::vector<Copy>> groups;
@@ -48,12 +49,13 @@ struct Block {
 };
 
 thread_local Block* block_now = nullptr;
+thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;  // kept from launch to launch
 
 // AddressSanitizer has to be told of every change of stack.
 void switch_to_fiber(Block& block) {
   Fiber& fiber = block.fibers[block.current];
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block.fake_stack, fiber.stack.get(), stack_bytes);
+  __sanitizer_start_switch_fiber(&block.fake_stack, fiber.stack, stack_bytes);
 #endif
   swapcontext(&block.scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -93,8 +95,11 @@ void start(Block& block, std::size_t shared_size) {
     fiber.state = State::ready;
     fiber.groups.clear();
     fiber.open.clear();
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack, stack_bytes);  // the fiber before never returned
+#endif
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = stack_bytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, &fiber_main, 0);
@@ -176,6 +181,8 @@ bool run_grid(dim3 grid, dim3 block_size, std::size_t shared_size,
     for (unsigned y = 0; y < block_size.y; ++y)
       for (unsigned x = 0; x < block_size.x; ++x)
         block.fibers.emplace_back().thread = dim3(x, y, z);
+  while (stacks.size() < block.fibers.size()) stacks.emplace_back(new unsigned char[stack_bytes]);
+  for (std::size_t i = 0; i < block.fibers.size(); ++i) block.fibers[i].stack = stacks[i].get();
   block.slots.resize(block.fibers.size());
   block_now = &block;
   blockDim = block_size;
