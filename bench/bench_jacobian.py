@@ -173,7 +173,7 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     budget = 1.0 if chosen.quick else chosen.budget
-    report = Report("Jacobians, float32")
+    report = Report("Jacobians, float32", path=chosen.json)
     for case in chosen.case or CASES:
         kind, _, n = case.partition("-")
         if kind == "products":
@@ -189,8 +189,6 @@ def main() -> None:
             )
             gradients(report, "small CNN", small_cnn(), torch.randn(256, 1, 28, 28), budget)
     report.show()
-    if chosen.json:
-        report.save(chosen.json)
 
 
 if __name__ == "__main__":

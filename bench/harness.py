@@ -17,7 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,14 @@ def environment() -> dict[str, Any]:
 
 @dataclass
 class Report:
-    """Collects comparisons; prints a table and writes JSON with the environment."""
+    """Collects comparisons; prints a table and writes JSON with the environment.
+
+    With a ``path``, what is measured is written there at once, so that a crash loses nothing.
+    """
 
     title: str
     rows: list[dict[str, Any]] = field(default_factory=list)
+    path: Path | None = None
 
     def compare(
         self,
@@ -203,7 +207,16 @@ class Report:
                 "gflops": flops / ours_median / 1e9 if flops else None,
             }
         )
+        self.keep()
         return timings
+
+    def keep(self) -> None:
+        """Say what the last row is, and write all rows if there is a path."""
+        row = self.rows[-1]
+        medians = (f"{name} {1e3 * t:.3f} ms" for name, t in row["median_seconds"].items())
+        print(f"{row['case']}: {', '.join(medians)}", flush=True)
+        if self.path is not None:
+            self.save(self.path)
 
     def show(self) -> None:
         """Print the medians in milliseconds and the ratios of the others to the first."""
@@ -229,7 +242,8 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the rows and the environment as JSON."""
-        text = json.dumps({**asdict(self), "environment": environment()}, indent=2, default=str)
+        figures = {"title": self.title, "rows": self.rows, "environment": environment()}
+        text = json.dumps(figures, indent=2, default=str)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n")
 

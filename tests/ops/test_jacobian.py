@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy
 import pytest
 import torch
@@ -188,6 +190,22 @@ def test_rows_of_signals_with_positions_innermost():
     for name in ISAS:
         with isa(name):
             assert_close(ops.dense([block]), expected, torch.float32)
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+def test_panels_of_unequal_numbers_of_examples_hold_the_same_columns(outputs, monkeypatch):
+    monkeypatch.setattr(jacobian_gram, "pairwise_is_cheaper", lambda *_: False)
+    monkeypatch.setattr(
+        jacobian_gram, "row_panels", partial(jacobian_gram.row_panels, budget=1 << 10)
+    )
+    sides = [
+        ops.Factors(torch.randn(n, 7, 2, 5), torch.randn(n, 3, 7, 2, 9), bias=True) for n in (4, 3)
+    ]
+    left, right = (
+        reference.rows(s.activations.double(), s.signals.double(), None, True) for s in sides
+    )
+    expected = reference.gram(left, right, outputs)
+    assert_close(ops.gram(sides[:1], sides[1:], outputs), expected, torch.float32)
 
 
 def test_cost_model_prefers_pairs_for_few_positions_and_rows_for_many():

@@ -295,11 +295,14 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
     return first.n_examples, first.n_outputs, first.dtype
 
 
-def row_panels(block: Block, budget: int = PANEL_BYTES, weights: bool = True) -> Iterator[Tensor]:
+def row_panels(
+    block: Block, budget: int = PANEL_BYTES, weights: bool = True, examples: int | None = None
+) -> Iterator[Tensor]:
     """Generate the block's rows ``(N, K, p)``, in panels of columns in the order of parameters.
 
     No panel is larger than ``budget`` bytes unless a single row of the weight is. Without
-    ``weights``, the columns of the bias alone.
+    ``weights``, the columns of the bias alone. Panels are cut for ``examples`` (by default the
+    block's own), so that those of blocks with different numbers of them can hold the same columns.
     """
     if isinstance(block, Rows):
         yield block.rows
@@ -308,7 +311,8 @@ def row_panels(block: Block, budget: int = PANEL_BYTES, weights: bool = True) ->
     g, o, i = block.shape
     if weights and block.n_weights:
         a, s = block.for_rows
-        width = min(o, max(1, budget // max(1, n * k * i * block.dtype.itemsize)))
+        rows = k * (n if examples is None else examples)
+        width = min(o, max(1, budget // max(1, rows * i * block.dtype.itemsize)))
         for group in range(g):
             for start in range(0, o, width):
                 stop = min(o, start + width)

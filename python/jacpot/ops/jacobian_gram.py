@@ -130,9 +130,12 @@ def pairwise_is_cheaper(
 
 def _add_rows(result: Tensor, left: Block, right: Block, outputs: Outputs, symmetric: bool) -> None:
     """Add products of generated rows, in panels of columns; if symmetric, above the diagonal."""
-    panels = row_panels(left)
+    examples = max(left.n_examples, right.n_examples)
+    panels = row_panels(left, examples=examples)
     pairs = (
-        ((p, None) for p in panels) if symmetric else zip(panels, row_panels(right), strict=True)
+        ((p, None) for p in panels)
+        if symmetric
+        else zip(panels, row_panels(right, examples=examples), strict=True)
     )
     for a, b in pairs:
         if outputs == "diagonal":
