@@ -73,10 +73,7 @@ py::dict describe_pattern(py::handle block_object) {
   out["row_offsets"] = offset_in_block(pattern.rows.offsets);
   out["column_indices"] = offset_in_block(pattern.rows.indices);
   out["column_index_bytes"] = pattern.rows.index_bytes;
-  out["column_offsets"] = offset_in_block(pattern.columns.offsets);
-  out["row_indices"] = offset_in_block(pattern.columns.indices);
-  out["row_index_bytes"] = pattern.columns.index_bytes;
-  out["permutation"] = offset_in_block(pattern.columns.permutation);
+  out["column_offsets"] = offset_in_block(pattern.column_tiles.offsets);
   return out;
 }
 

@@ -12,14 +12,14 @@ using masked_matmul::Lines;
 using masked_matmul::Shape;
 using masked_matmul::Tile;
 
-// Where the entries of the tile's lines begin and end.
-struct Entries {
-  const std::int32_t* begin;
-  const std::int32_t* end;
+// The runs of a tile: their first line's start, and the feature that indices count from.
+struct Runs {
+  const std::int32_t* starts;
+  std::int64_t base;
 
-  explicit Entries(const Tile& tile)
-      : begin(tile.lines.grid + tile.begin * tile.lines.lines),
-        end(tile.lines.grid + tile.end * tile.lines.lines) {}
+  explicit Runs(const Tile& tile)
+      : starts(tile.lines.starts + tile.tile * tile.lines.lines),
+        base(tile.tile * tile.lines.span) {}
 };
 
 // Calls the body with the indices in their type.
@@ -30,6 +30,35 @@ JACPOT_INLINE void with_indices(const Lines& lines, F&& body) {
   else
     body(static_cast<const std::int32_t*>(lines.indices));
 }
+
+// A batch of indices, read in words: the ports that load are what bounds the kernels.
+template <class Index, int count>
+struct Batch {
+  static constexpr int size = count;
+  Index at[count];
+  explicit JACPOT_INLINE Batch(const Index* from) { std::memcpy(at, from, sizeof(at)); }
+  template <int i>
+  JACPOT_INLINE std::int64_t get() const {
+    return at[i];
+  }
+};
+template <int count>
+  requires(count % 4 == 0)
+struct Batch<std::uint16_t, count> {
+  static constexpr int size = count;
+  std::uint64_t words[count / 4];
+  explicit JACPOT_INLINE Batch(const std::uint16_t* from) {
+    std::memcpy(words, from, sizeof(words));
+  }
+  template <int i>
+  JACPOT_INLINE std::int64_t get() const {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    return static_cast<std::int64_t>(words[i / 4] >> (16 * (i % 4)) & 0xffff);
+#else
+    return static_cast<std::int64_t>(words[i / 4] >> (48 - 16 * (i % 4)) & 0xffff);
+#endif
+  }
+};
 
 // A panel of `vectors` vectors.
 template <class T, int vectors>
@@ -114,91 +143,118 @@ struct Panel {
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(p + v * S::width, 1);
   }
 
+  // The lines jump about in their part of the panel, so no hardware would fetch it ahead.
+  static JACPOT_INLINE void fetch_tile(const Lines& lines, const Runs& runs, const T* panel) {
+    const std::int64_t left = lines.length - runs.base;
+    for (std::int64_t f = 0; f < (left < lines.span ? left : lines.span); ++f)
+      fetch(panel + f * width);
+  }
+
+  static JACPOT_INLINE void add(Vec value, const T* at, Vec (&sum)[vectors]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[v] = S::fma(value, S::load(at + v * S::width), sum[v]);
+  }
+
+  // Entries i, i + 1... of a batch; `group` holds the values of the lane that i is in.
+  template <int i = 0, int chains, class Batch>
+  static JACPOT_INLINE void add_batch(const Batch& indices, const T* values, const T* panel,
+                                      Vec (&sum)[chains][vectors], Vec group) {
+    if constexpr (i < Batch::size) {
+      if constexpr (i % Move::lane == 0) group = Move::spread(values + i);
+      add(Move::template splat<i % Move::lane>(group), row(panel, indices.template get<i>()),
+          sum[i % chains]);
+      add_batch<i + 1>(indices, values, panel, sum, group);
+    }
+  }
+
   template <class Index>
   static void multiply_lines(const Tile& tile, const Index* indices, const T* values,
                              const T* panel, T* out) {
     // Eight chains of FMAs hide their latency, whatever the width.
-    constexpr int chains = 8 / vectors;
-    const Entries entries(tile);
-    const bool add = tile.begin > 0;
+    constexpr int chains = vectors < 8 ? 8 / vectors : 1,
+                  batch = chains > Move::lane ? chains : Move::lane;
+    const Runs runs(tile);
+    const bool more = tile.tile > 0;
+    panel += runs.base * width;
+    fetch_tile(tile.lines, runs, panel);
     for (std::int64_t l = tile.first; l < tile.last; ++l, out += width) {
       fetch(out + 2 * width);
-      const std::int64_t ahead = l + 8 < tile.last ? entries.begin[l + 8] : 0;
-      __builtin_prefetch(values + ahead);
-      __builtin_prefetch(values + ahead + 16);
-      __builtin_prefetch(indices + ahead);
       Vec sum[chains][vectors] = {};
-      std::int64_t e = entries.begin[l];
-      const std::int64_t end = entries.end[l];
-      for (; e + chains <= end; e += chains) {
-#pragma GCC unroll 8
-        for (int c = 0; c < chains; ++c) {
-          const T* at = row(panel, indices[e + c]);
-          const Vec value = S::broadcast(values[e + c]);
-#pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v)
-            sum[c][v] = S::fma(value, S::load(at + v * S::width), sum[c][v]);
-        }
-      }
-      for (; e < end; ++e) {
-        const T* at = row(panel, indices[e]);
-        const Vec value = S::broadcast(values[e]);
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
-          sum[0][v] = S::fma(value, S::load(at + v * S::width), sum[0][v]);
-      }
-#pragma GCC unroll 8
-      for (int half = chains / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int c = 0; c < half; ++c)
-#pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sum[c][v] += sum[c + half][v];
+      std::int64_t e = runs.starts[l];
+      const std::int64_t end = runs.starts[l + 1];
+      for (; e + batch <= end; e += batch)
+        add_batch(Batch<Index, batch>(indices + e), values + e, panel, sum, Vec{});
+      for (; e < end; ++e) add(S::broadcast(values[e]), row(panel, indices[e]), sum[0]);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
+        Vec total = sum[0][v];
+#pragma GCC unroll 8
+        for (int c = 1; c < chains; ++c) total += sum[c][v];
         T* at = out + v * S::width;
-        S::store(at, add ? sum[0][v] + S::load(at) : sum[0][v]);
+        S::store(at, more ? total + S::load(at) : total);
       }
     }
   }
 
-  // The walk of `fused` and `sample`, which differ in whether `out` is wanted.
+  // One entry: value · panel row is added to `sum` when wanted, and ⟨x, panel row⟩ returned,
+  // its lanes not yet added up.
+  template <bool with_out>
+  static JACPOT_INLINE Vec visit(Vec value, const T* at, const Vec (&x)[vectors],
+                                 Vec (&sum)[vectors]) {
+    Vec dot{};
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      Vec loaded = S::load(at + v * S::width);
+      Move::keep(loaded);
+      if constexpr (with_out) sum[v] = S::fma(value, loaded, sum[v]);
+      dot = v == 0 ? x[v] * loaded : S::fma(x[v], loaded, dot);
+    }
+    return dot;
+  }
+  template <bool with_out, int i = 0, class Batch>
+  static JACPOT_INLINE void visit_batch(const Batch& indices, Vec values, const T* panel,
+                                        const Vec (&x)[vectors], Vec (&sum)[vectors],
+                                        Vec (&dots)[Batch::size]) {
+    if constexpr (i < Batch::size) {
+      dots[i] = visit<with_out>(Move::template splat<i>(values),
+                                row(panel, indices.template get<i>()), x, sum);
+      visit_batch<with_out, i + 1>(indices, values, panel, x, sum, dots);
+    }
+  }
+
+  // Both products of a tile, or the sampled one alone. `with_out` says whether `out` is wanted.
   template <bool with_out, class Index>
   static JACPOT_INLINE void walk(const Tile& tile, const Index* indices, const T* values,
                                  const T* panel, const T* x, T* out, T* d_values) {
     constexpr int batch = Move::lane;  // entries whose sums are taken together
-    const Entries entries(tile);
-    const bool add = tile.begin > 0;
+    const Runs runs(tile);
+    const bool more = tile.tile > 0;
+    panel += runs.base * width;
+    fetch_tile(tile.lines, runs, panel);
     for (std::int64_t l = tile.first; l < tile.last; ++l, x += width) {
+      fetch(x + 2 * width);
+      if constexpr (with_out) fetch(out + 2 * width);
       Vec held[vectors], sum[vectors] = {};
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) held[v] = S::load(x + v * S::width);
-      const auto visit = [&](std::int64_t e) __attribute__((always_inline)) {
-        const T* at = row(panel, indices[e]);
-        Vec value{}, dot{};
-        if constexpr (with_out) value = S::broadcast(values[e]);
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
-          Vec loaded = S::load(at + v * S::width);
-          Move::keep(loaded);
-          if constexpr (with_out) sum[v] = S::fma(value, loaded, sum[v]);
-          dot = v == 0 ? held[v] * loaded : S::fma(held[v], loaded, dot);
-        }
-        return dot;
-      };
-      std::int64_t e = entries.begin[l];
-      const std::int64_t end = entries.end[l];
+      std::int64_t e = runs.starts[l];
+      const std::int64_t end = runs.starts[l + 1];
       for (; e + batch <= end; e += batch) {
-        Vec dots[batch];
-#pragma GCC unroll 8
-        for (int b = 0; b < batch; ++b) dots[b] = visit(e + b);
+        Vec dots[batch], group{};
+        if constexpr (with_out) group = Move::spread(values + e);
+        visit_batch<with_out>(Batch<Index, batch>(indices + e), group, panel, held, sum, dots);
         Move::add_sums(dots, d_values + e);
       }
-      for (; e < end; ++e) d_values[e] += Move::sum(visit(e));
+      for (; e < end; ++e) {
+        Vec value{};
+        if constexpr (with_out) value = S::broadcast(values[e]);
+        d_values[e] += Move::sum(visit<with_out>(value, row(panel, indices[e]), held, sum));
+      }
       if constexpr (with_out) {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
           T* at = out + v * S::width;
-          S::store(at, add ? sum[v] + S::load(at) : sum[v]);
+          S::store(at, more ? sum[v] + S::load(at) : sum[v]);
         }
         out += width;
       }
@@ -251,29 +307,30 @@ struct Single {
   }
   static void multiply(const Tile& tile, const T* values, const T* panel, T* out) {
     with_indices(tile.lines, [&](const auto* indices) {
-      const Entries entries(tile);
+      const Runs runs(tile);
+      const T* start = panel + runs.base;
       for (std::int64_t l = tile.first; l < tile.last; ++l) {
         constexpr int chains = 8;
         T sum[chains] = {};
-        std::int64_t e = entries.begin[l];
-        const std::int64_t end = entries.end[l];
+        std::int64_t e = runs.starts[l];
+        const std::int64_t end = runs.starts[l + 1];
         for (; e + chains <= end; e += chains)
 #pragma GCC unroll 8
-          for (int c = 0; c < chains; ++c) sum[c] += values[e + c] * panel[indices[e + c]];
-        for (; e < end; ++e) sum[0] += values[e] * panel[indices[e]];
+          for (int c = 0; c < chains; ++c) sum[c] += values[e + c] * start[indices[e + c]];
+        for (; e < end; ++e) sum[0] += values[e] * start[indices[e]];
         const T total =
             ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
         T& at = out[l - tile.first];
-        at = tile.begin > 0 ? at + total : total;
+        at = tile.tile > 0 ? at + total : total;
       }
     });
   }
   static void sample(const Tile& tile, const T* panel, const T* x, T* d_values) {
     with_indices(tile.lines, [&](const auto* indices) {
-      const Entries entries(tile);
+      const Runs runs(tile);
       for (std::int64_t l = tile.first; l < tile.last; ++l)
-        for (std::int64_t e = entries.begin[l]; e < entries.end[l]; ++e)
-          d_values[e] += x[l - tile.first] * panel[indices[e]];
+        for (std::int64_t e = runs.starts[l]; e < runs.starts[l + 1]; ++e)
+          d_values[e] += x[l - tile.first] * panel[runs.base + indices[e]];
     });
   }
   static void fused(const Tile& tile, const T* values, const T* panel, const T* x, T* out,
@@ -290,9 +347,15 @@ struct Single {
   static constexpr Shape<T> shape{1, pack, unpack, multiply, sample, fused, finish};
 };
 
+// Forward, four vectors of 64 bytes are best: with eight the tiles get too narrow. The backward
+// walk holds two accumulators for each vector: eight need the 32 registers of AVX-512.
+constexpr bool many_registers = JACPOT_VECTOR_BYTES >= 64;
+
 template <class T>
-constexpr Kernels<T> kernels{
-    {Single<T>::shape, Panel<T, 1>::shape, Panel<T, 2>::shape, Panel<T, 4>::shape}};
+constexpr Kernels<T> kernels{{Single<T>::shape, Panel<T, 1>::shape, Panel<T, 2>::shape,
+                              Panel<T, 4>::shape, Panel<T, 8>::shape},
+                             4,
+                             many_registers ? 5 : 4};
 
 }  // namespace
 

@@ -9,16 +9,16 @@
 
 namespace jacpot::masked_matmul {
 
-// Lines [first, last) of a pattern, of each the entries in the grid steps [begin, end): a piece
-// whose part of the panel stays in the cache while all the lines walk over it.
+// The runs of lines [first, last) in one tile of a pattern.
 struct Tile {
   const Lines& lines;
   std::int64_t first, last;
-  std::int64_t begin, end;
+  std::int64_t tile;
 };
 
-// Kernels for one panel width. Panels of lines (`x`, `out`) begin at line `first` of the tile;
-// the panel that is indexed begins at feature 0.
+// Kernels for one panel width. Values and their gradients are in the order of the lines' entries.
+// Panels of lines (`x`, `out`) begin at line `first` of the tile; the panel that is indexed begins
+// at feature 0.
 template <class T>
 struct Shape {
   std::int64_t width = 0;
@@ -30,7 +30,7 @@ struct Shape {
   // The way back; examples beyond the last are dropped.
   void (*unpack)(const T* panel, std::int64_t example, std::int64_t first, std::int64_t last,
                  const Activations<T>& to) = nullptr;
-  // out[l] (+)= Σ values[e] · panel[index[e]]; it is set where the tile begins at 0.
+  // out[l] (+)= Σ values[e] · panel[index[e]]; it is set by the first tile.
   void (*multiply)(const Tile& tile, const T* values, const T* panel, T* out) = nullptr;
   // d_values[e] += ⟨x[l], panel[index[e]]⟩.
   void (*sample)(const Tile& tile, const T* panel, const T* x, T* d_values) = nullptr;
@@ -43,8 +43,9 @@ struct Shape {
 
 template <class T>
 struct Kernels {
-  static constexpr int count = 4;
+  static constexpr int count = 5;
   Shape<T> shapes[count];  // in rising width; the first is of one example
+  int forward, backward;   // how many of them the walks use
 };
 
 struct KernelTable {

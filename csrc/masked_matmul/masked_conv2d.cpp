@@ -9,8 +9,8 @@ namespace {
 template <class T>
 class Positions {
  public:
-  Positions(std::int64_t count, std::int64_t each)
-      : count_(each > 0 ? count : 0), each_(each), one_(std::max<std::int64_t>(each, 1)) {}
+  Positions(std::int64_t count, std::int64_t each, int shapes)
+      : count_(each > 0 ? count : 0), each_(each), one_(std::max<std::int64_t>(each, 1), shapes) {}
   std::int64_t width() const { return one_.width(); }
   std::int64_t count() const { return count_ * one_.count(); }
   std::int64_t image(std::int64_t panel) const { return panel / one_.count(); }
@@ -134,17 +134,20 @@ template <class T>
 Status convolve(const Pattern& pattern, const Images& images, const T* values, const T* bias,
                 bool relu, const T* x, T* y, int threads) {
   const std::int64_t each = images.height.output * images.width.output, out = pattern.rows.lines;
-  const Positions<T> panels(images.count, each);
+  const Positions<T> panels(images.count, each, kernels<T>().forward);
   const Patches<T, const T> patches(images, panels, x);
-  return multiply(
-      pattern.rows, values, bias, relu, panels,
-      team(threads, pattern.rows.nnz, images.count * each),
-      [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
-        patches.load(p, first, last, panel);
-      },
-      [&](std::int64_t p, std::int64_t first, std::int64_t last, const T* panel) {
-        const Activations<T> to{y + panels.image(p) * out * each, each, out, 1, each};
-        panels.shape(p).unpack(panel, panels.position(p), first, last, to);
+  threads = team(threads, pattern.rows.nnz, images.count * each);
+  return in_row_tiles(
+      pattern, values, panels.width(), threads, [&](const Lines& lines, const T* in_order) {
+        return multiply(
+            lines, in_order, bias, relu, panels, threads,
+            [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
+              patches.load(p, first, last, panel);
+            },
+            [&](std::int64_t p, std::int64_t first, std::int64_t last, const T* panel) {
+              const Activations<T> to{y + panels.image(p) * out * each, each, out, 1, each};
+              panels.shape(p).unpack(panel, panels.position(p), first, last, to);
+            });
       });
 }
 
@@ -152,16 +155,17 @@ template <class T>
 Status convolve_backward(const Pattern& pattern, const Images& images, const T* values, const T* x,
                          const T* dy, T* dx, T* d_values, int threads) {
   const std::int64_t each = images.height.output * images.width.output, out = pattern.rows.lines;
-  const Positions<T> panels(images.count, each);
+  const Positions<T> panels(images.count, each,
+                            d_values ? kernels<T>().backward : kernels<T>().forward);
   const Patches<T, const T> patches(images, panels, x);
   const Patches<T, T> d_patches(images, panels, dx);
-  const Lines& lines = pattern.columns;
+  const Lines& lines = pattern.column_tiles;
   threads = team(threads, lines.nnz, images.count * each);
   if (dx)
     std::fill_n(dx, images.count * images.channels * images.height.input * images.width.input,
                 T(0));
   return in_column_order(
-      lines, values, dx != nullptr, d_values, threads, [&](const T* by_column, T* gradient) {
+      pattern, values, dx != nullptr, d_values, threads, [&](const T* by_column, T* gradient) {
         // Patches overlap within a channel only: a thread that owns whole channels adds alone.
         return walk_columns(
             lines, by_column, gradient, panels, images.height.kernel * images.width.kernel, threads,

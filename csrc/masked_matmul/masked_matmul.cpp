@@ -7,22 +7,26 @@ namespace jacpot::masked_matmul {
 template <class T>
 Status forward(const Pattern& pattern, const T* values, const T* bias, bool relu,
                Activations<const T> x, Activations<T> y, int threads) {
-  const Panelling<T> panels(x.examples);
-  return multiply(
-      pattern.rows, values, bias, relu, panels, team(threads, pattern.rows.nnz, x.examples),
-      [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
-        panels.shape(p).pack(x, panels.example(p), first, last, panel);
-      },
-      [&](std::int64_t p, std::int64_t first, std::int64_t last, const T* panel) {
-        panels.shape(p).unpack(panel, panels.example(p), first, last, y);
+  const Panelling<T> panels(x.examples, kernels<T>().forward);
+  threads = team(threads, pattern.rows.nnz, x.examples);
+  return in_row_tiles(
+      pattern, values, panels.width(), threads, [&](const Lines& lines, const T* in_order) {
+        return multiply(
+            lines, in_order, bias, relu, panels, threads,
+            [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
+              panels.shape(p).pack(x, panels.example(p), first, last, panel);
+            },
+            [&](std::int64_t p, std::int64_t first, std::int64_t last, const T* panel) {
+              panels.shape(p).unpack(panel, panels.example(p), first, last, y);
+            });
       });
 }
 
 template <class T>
 Status backward(const Pattern& pattern, const T* values, Activations<const T> x,
                 Activations<const T> dy, Activations<T> dx, T* d_values, int threads) {
-  const Lines& lines = pattern.columns;
-  const Panelling<T> panels(dy.examples);
+  const Lines& lines = pattern.column_tiles;
+  const Panelling<T> panels(dy.examples, d_values ? kernels<T>().backward : kernels<T>().forward);
   threads = team(threads, lines.nnz, dy.examples);
   const auto loader = [&](const Activations<const T>& from) {
     return [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {
@@ -33,7 +37,7 @@ Status backward(const Pattern& pattern, const T* values, Activations<const T> x,
     panels.shape(p).unpack(panel, panels.example(p), first, last, dx);
   };
   return in_column_order(
-      lines, values, dx.data != nullptr, d_values, threads, [&](const T* by_column, T* gradient) {
+      pattern, values, dx.data != nullptr, d_values, threads, [&](const T* by_column, T* gradient) {
         if (!gradient && by_column)  // alone it is a product like the forward one
           return multiply<T>(lines, by_column, nullptr, false, panels, threads, loader(dy),
                              store_dx);

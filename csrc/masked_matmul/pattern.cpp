@@ -1,6 +1,7 @@
 #include "masked_matmul/pattern.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -9,31 +10,46 @@
 namespace jacpot::masked_matmul {
 namespace {
 
-constexpr std::int64_t magic = 0x31307470636a;  // "jcpt01"
+constexpr std::int64_t magic = 0x32307470636a;  // "jcpt02"
 constexpr std::int64_t alignment = 64;
 constexpr std::int64_t lines_per_task = 64;
 
 struct Header {
   std::int64_t magic, bytes, rows, columns, nnz;
-  std::int64_t row_offsets, column_indices, column_offsets, row_indices, permutation, row_grid,
-      column_grid;  // bytes from the start
+  // Bytes from the start.
+  std::int64_t row_offsets, column_indices, column_offsets;
+  std::int64_t row_starts, row_places, row_indices;           // of the tiles of rows
+  std::int64_t column_starts, column_places, column_entries;  // of the tiles of columns
 };
 
-int bytes_for_index(std::int64_t length) { return length <= 65536 ? 2 : 4; }
+int bytes_for_index(std::int64_t span) { return span <= 65536 ? 2 : 4; }
 
 std::int64_t tasks_for(std::int64_t lines) { return (lines + lines_per_task - 1) / lines_per_task; }
 
-// Indices that hold about `entries_per_step` entries of a line.
-std::int64_t step_of(std::int64_t lines, std::int64_t length, std::int64_t nnz) {
-  if (nnz == 0) return std::max<std::int64_t>(length, 1);
-  const double wanted = static_cast<double>(entries_per_step) * static_cast<double>(lines) *
-                        static_cast<double>(length) / static_cast<double>(nnz);
-  return std::clamp<std::int64_t>(static_cast<std::int64_t>(wanted), 16,
-                                  std::max<std::int64_t>(length, 16));
-}
+// How a length is cut. Measured: a run of about `entries` outweighs reading and writing the sums
+// of its line, but no tile should be narrower than `least`, where a cache holds it anyway, or
+// wider than `most`, where none does; half as many entries are better than a line each.
+struct Cut {
+  std::int64_t span = 1, tiles = 1;
 
-std::int64_t steps_of(std::int64_t length, std::int64_t step) {
-  return std::max<std::int64_t>(1, (length + step - 1) / step);
+  Cut(std::int64_t lines, std::int64_t length, std::int64_t nnz, double entries, double least) {
+    constexpr double most = 1024, widest = 65536;
+    const double per_index = static_cast<double>(nnz) / std::max(1.0, static_cast<double>(length)) /
+                             std::max(1.0, static_cast<double>(lines));
+    const double wanted = std::min(
+        {widest, std::max(least, entries / per_index), std::max(most, entries / 2 / per_index)});
+    tiles = std::max<std::int64_t>(
+        1, static_cast<std::int64_t>(std::ceil(static_cast<double>(length) / wanted)));
+    span = std::max<std::int64_t>(1, (length + tiles - 1) / tiles);
+  }
+};
+
+Cut cut_rows(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
+  return {rows, columns, nnz, 16, 128};
+}
+// The backward walk loads a vector for two products, not one: its tiles may be wider.
+Cut cut_columns(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
+  return {columns, rows, nnz, 32, 256};
 }
 
 Header lay_out(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
@@ -43,6 +59,8 @@ Header lay_out(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
     end = at + bytes;
     return at;
   };
+  const std::int64_t row_runs = cut_rows(rows, columns, nnz).tiles * rows,
+                     column_runs = cut_columns(rows, columns, nnz).tiles * columns;
   Header h{};
   h.magic = magic;
   h.rows = rows;
@@ -51,10 +69,17 @@ Header lay_out(std::int64_t rows, std::int64_t columns, std::int64_t nnz) {
   h.row_offsets = place((rows + 1) * 4);
   h.column_indices = place(nnz * bytes_for_index(columns));
   h.column_offsets = place((columns + 1) * 4);
-  h.row_indices = place(nnz * bytes_for_index(rows));
-  h.permutation = place(nnz * 4);
-  h.row_grid = place((steps_of(columns, step_of(rows, columns, nnz)) + 1) * rows * 4);
-  h.column_grid = place((steps_of(rows, step_of(columns, rows, nnz)) + 1) * columns * 4);
+  if (row_runs == rows) {  // a single tile is the order of the rows itself
+    h.row_starts = h.row_places = h.row_offsets;
+    h.row_indices = h.column_indices;
+  } else {
+    h.row_starts = place((row_runs + 1) * 4);
+    h.row_places = place(row_runs * 4);
+    h.row_indices = place(nnz * 2);
+  }
+  h.column_starts = place((column_runs + 1) * 4);
+  h.column_places = place(nnz * 4);
+  h.column_entries = place(nnz * 2);
   h.bytes = end;
   return h;
 }
@@ -64,21 +89,13 @@ T* at(void* block, std::int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(block) + offset);
 }
 
-// Calls f with pointers of the right width to the column indices and the row indices.
+// Calls f with a pointer of the right width to the column indices.
 template <class F>
 void with_indices(const Header& h, void* block, F&& f) {
-  const bool narrow_columns = bytes_for_index(h.columns) == 2,
-             narrow_rows = bytes_for_index(h.rows) == 2;
-  const auto with_rows = [&](auto* columns) {
-    if (narrow_rows)
-      f(columns, at<std::uint16_t>(block, h.row_indices));
-    else
-      f(columns, at<std::int32_t>(block, h.row_indices));
-  };
-  if (narrow_columns)
-    with_rows(at<std::uint16_t>(block, h.column_indices));
+  if (bytes_for_index(h.columns) == 2)
+    f(at<std::uint16_t>(block, h.column_indices));
   else
-    with_rows(at<std::int32_t>(block, h.column_indices));
+    f(at<std::int32_t>(block, h.column_indices));
 }
 
 template <class Index>
@@ -95,61 +112,95 @@ void fill_rows(const View<const bool, 2>& mask, const std::int32_t* offsets, Ind
   });
 }
 
-// Visits, row by row, the entries whose columns lie in one task's range: f(entry, row, column).
-template <class Index, class F>
-void visit_columns(const Header& h, const std::int32_t* offsets, const Index* indices,
-                   std::int64_t task, F&& f) {
-  const std::int64_t first = task * lines_per_task,
-                     last = std::min(h.columns, first + lines_per_task);
-  for (std::int64_t r = 0; r < h.rows; ++r) {
-    const Index* end = indices + offsets[r + 1];
-    const Index* entry = std::lower_bound(indices + offsets[r], end, first);
-    for (; entry < end && static_cast<std::int64_t>(*entry) < last; ++entry)
-      f(entry - indices, r, static_cast<std::int64_t>(*entry));
-  }
+// Turns the lengths of runs, from the second element on, into where they begin.
+void accumulate(std::int32_t* starts, std::int64_t runs) {
+  starts[0] = 0;
+  for (std::int64_t r = 0; r < runs; ++r) starts[r + 1] += starts[r];
 }
 
-template <class Column, class Row>
-void fill_columns(const Header& h, void* block, const Column* column_indices, Row* row_indices,
-                  int threads) {
-  const auto* row_offsets = at<std::int32_t>(block, h.row_offsets);
-  auto* column_offsets = at<std::int32_t>(block, h.column_offsets);
-  auto* permutation = at<std::int32_t>(block, h.permutation);
-  std::memset(column_offsets, 0, static_cast<std::size_t>(h.columns + 1) * 4);
-  parallel_for(threads, tasks_for(h.columns), [&](std::int64_t task) {
-    visit_columns(h, row_offsets, column_indices, task,
-                  [&](std::int64_t, std::int64_t, std::int64_t c) { ++column_offsets[c + 1]; });
+template <class Index>
+void fill_row_tiles(const Header& h, void* block, const Index* column_indices, int threads) {
+  const Cut cut = cut_rows(h.rows, h.columns, h.nnz);
+  if (cut.tiles == 1) return;
+  const auto* offsets = at<std::int32_t>(block, h.row_offsets);
+  auto* starts = at<std::int32_t>(block, h.row_starts);
+  auto* places = at<std::int32_t>(block, h.row_places);
+  auto* indices = at<std::uint16_t>(block, h.row_indices);
+  const auto for_each_run = [&](auto&& f) {  // f(tile, row, first entry, end) in row order
+    parallel_for(threads, tasks_for(h.rows), [&](std::int64_t task) {
+      const std::int64_t end = std::min(h.rows, (task + 1) * lines_per_task);
+      for (std::int64_t r = task * lines_per_task; r < end; ++r) {
+        const Index* entry = column_indices + offsets[r];
+        const Index* last = column_indices + offsets[r + 1];
+        for (std::int64_t t = 0; t < cut.tiles; ++t) {
+          const Index* first = entry;
+          while (entry < last && static_cast<std::int64_t>(*entry) < (t + 1) * cut.span) ++entry;
+          f(t, r, first, entry);
+        }
+      }
+    });
+  };
+  for_each_run([&](std::int64_t t, std::int64_t r, const Index* first, const Index* end) {
+    starts[t * h.rows + r + 1] = static_cast<std::int32_t>(end - first);
+    places[t * h.rows + r] = static_cast<std::int32_t>(first - column_indices);
   });
-  for (std::int64_t c = 0; c < h.columns; ++c) column_offsets[c + 1] += column_offsets[c];
-  parallel_for(threads, tasks_for(h.columns), [&](std::int64_t task) {
-    std::int32_t next[lines_per_task];
-    const std::int64_t first = task * lines_per_task;
-    std::copy(column_offsets + first, column_offsets + std::min(h.columns, first + lines_per_task),
-              next);
-    visit_columns(h, row_offsets, column_indices, task,
-                  [&](std::int64_t entry, std::int64_t r, std::int64_t c) {
-                    const std::int32_t to = next[c - first]++;
-                    row_indices[to] = static_cast<Row>(r);
-                    permutation[to] = static_cast<std::int32_t>(entry);
-                  });
+  accumulate(starts, cut.tiles * h.rows);
+  for_each_run([&](std::int64_t t, std::int64_t r, const Index* first, const Index* end) {
+    std::uint16_t* to = indices + starts[t * h.rows + r];
+    for (; first < end; ++first)
+      *to++ = static_cast<std::uint16_t>(static_cast<std::int64_t>(*first) - t * cut.span);
   });
 }
 
 template <class Index>
-void fill_grid(std::int64_t lines, std::int64_t length, std::int64_t nnz,
-               const std::int32_t* offsets, const Index* indices, std::int32_t* grid, int threads) {
-  const std::int64_t step = step_of(lines, length, nnz), steps = steps_of(length, step);
-  parallel_for(threads, tasks_for(lines), [&](std::int64_t task) {
-    const std::int64_t end = std::min(lines, (task + 1) * lines_per_task);
-    for (std::int64_t l = task * lines_per_task; l < end; ++l) {
-      std::int32_t e = offsets[l];
-      for (std::int64_t s = 0; s < steps; ++s) {
-        while (e < offsets[l + 1] && static_cast<std::int64_t>(indices[e]) < s * step) ++e;
-        grid[s * lines + l] = e;
+void fill_column_tiles(const Header& h, void* block, const Index* column_indices, int threads) {
+  const Cut cut = cut_columns(h.rows, h.columns, h.nnz);
+  const auto* row_offsets = at<std::int32_t>(block, h.row_offsets);
+  auto* offsets = at<std::int32_t>(block, h.column_offsets);
+  auto* starts = at<std::int32_t>(block, h.column_starts);
+  auto* places = at<std::int32_t>(block, h.column_places);
+  auto* indices = at<std::uint16_t>(block, h.column_entries);
+  constexpr std::int64_t columns_per_task = 512;
+  const std::int64_t parts = (h.columns + columns_per_task - 1) / columns_per_task;
+  // A task owns some columns of a tile: f(its runs, entry, row in the tile, column in the task).
+  const auto for_each_task = [&](auto&& prepare, auto&& f) {
+    parallel_for(threads, cut.tiles * parts, [&](std::int64_t task) {
+      const std::int64_t t = task / parts, first = task % parts * columns_per_task,
+                         last = std::min(h.columns, first + columns_per_task);
+      std::int32_t* runs = starts + t * h.columns + first;
+      std::int32_t next[columns_per_task];
+      prepare(runs, last - first, next);
+      for (std::int64_t r = t * cut.span; r < std::min(h.rows, (t + 1) * cut.span); ++r) {
+        const Index* end = column_indices + row_offsets[r + 1];
+        const Index* entry = std::lower_bound(column_indices + row_offsets[r], end, first);
+        for (; entry < end && static_cast<std::int64_t>(*entry) < last; ++entry)
+          f(runs, next, static_cast<std::int32_t>(entry - column_indices), r - t * cut.span,
+            static_cast<std::int64_t>(*entry) - first);
       }
-      grid[steps * lines + l] = offsets[l + 1];
-    }
-  });
+    });
+  };
+  for_each_task(
+      [](std::int32_t* runs, std::int64_t count, std::int32_t*) {
+        std::memset(runs + 1, 0, static_cast<std::size_t>(count) * 4);
+      },
+      [](std::int32_t* runs, std::int32_t*, std::int32_t, std::int64_t, std::int64_t column) {
+        ++runs[column + 1];
+      });
+  for (std::int64_t c = 0; c < h.columns; ++c) {
+    std::int32_t count = 0;
+    for (std::int64_t t = 0; t < cut.tiles; ++t) count += starts[t * h.columns + c + 1];
+    offsets[c + 1] = count;
+  }
+  accumulate(offsets, h.columns);
+  accumulate(starts, cut.tiles * h.columns);
+  for_each_task([](std::int32_t* runs, std::int64_t count,
+                   std::int32_t* next) { std::copy_n(runs, count, next); },
+                [&](std::int32_t*, std::int32_t* next, std::int32_t entry, std::int64_t row,
+                    std::int64_t column) {
+                  const std::int32_t to = next[column]++;
+                  indices[to] = static_cast<std::uint16_t>(row);
+                  places[to] = entry;
+                });
 }
 
 // Calls f(element of the values, row, column) for the entries of each row.
@@ -226,13 +277,10 @@ Status compile(const View<const bool, 2>& mask, const std::int32_t* offsets, voi
   std::memcpy(block, &h, sizeof(h));
   std::memcpy(at<std::int32_t>(block, h.row_offsets), offsets,
               static_cast<std::size_t>(rows + 1) * 4);
-  with_indices(h, block, [&](auto* column_indices, auto* row_indices) {
+  with_indices(h, block, [&](auto* column_indices) {
     fill_rows(mask, offsets, column_indices, threads);
-    fill_columns(h, block, column_indices, row_indices, threads);
-    fill_grid(h.rows, h.columns, h.nnz, at<std::int32_t>(block, h.row_offsets), column_indices,
-              at<std::int32_t>(block, h.row_grid), threads);
-    fill_grid(h.columns, h.rows, h.nnz, at<std::int32_t>(block, h.column_offsets), row_indices,
-              at<std::int32_t>(block, h.column_grid), threads);
+    fill_row_tiles(h, block, column_indices, threads);
+    fill_column_tiles(h, block, column_indices, threads);
   });
   return {};
 }
@@ -248,23 +296,29 @@ Status open(const void* block, std::int64_t bytes, Pattern* pattern) {
   const auto section = [base](std::int64_t offset) {
     return reinterpret_cast<const std::int32_t*>(base + offset);
   };
-  const auto lines = [&](std::int64_t count, std::int64_t length, std::int64_t offsets,
-                         std::int64_t indices, std::int64_t grid) {
-    const std::int64_t step = step_of(count, length, h.nnz);
+  const auto lines = [&](std::int64_t count, std::int64_t length, const Cut& cut,
+                         std::int64_t offsets, std::int64_t starts, std::int64_t indices) {
     return Lines{.lines = count,
                  .length = length,
                  .nnz = h.nnz,
-                 .index_bytes = bytes_for_index(length),
+                 .span = cut.span,
+                 .tiles = cut.tiles,
+                 .index_bytes = bytes_for_index(cut.span),
                  .offsets = section(offsets),
-                 .indices = base + indices,
-                 .permutation = nullptr,
-                 .step = step,
-                 .steps = steps_of(length, step),
-                 .grid = section(grid)};
+                 .starts = section(starts),
+                 .indices = base + indices};
   };
-  pattern->rows = lines(h.rows, h.columns, h.row_offsets, h.column_indices, h.row_grid);
-  pattern->columns = lines(h.columns, h.rows, h.column_offsets, h.row_indices, h.column_grid);
-  pattern->columns.permutation = section(h.permutation);
+  const Cut rows = cut_rows(h.rows, h.columns, h.nnz),
+            columns = cut_columns(h.rows, h.columns, h.nnz);
+  Cut uncut = rows;
+  uncut.tiles = 1;
+  uncut.span = std::max<std::int64_t>(1, h.columns);
+  pattern->rows = lines(h.rows, h.columns, uncut, h.row_offsets, h.row_offsets, h.column_indices);
+  pattern->row_tiles = lines(h.rows, h.columns, rows, h.row_offsets, h.row_starts, h.row_indices);
+  pattern->run_places = section(h.row_places);
+  pattern->column_tiles =
+      lines(h.columns, h.rows, columns, h.column_offsets, h.column_starts, h.column_entries);
+  pattern->places = section(h.column_places);
   return {};
 }
 

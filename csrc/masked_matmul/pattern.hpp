@@ -1,5 +1,5 @@
 // The sparsity pattern of a weight, compiled once from its mask into one block of memory: the
-// kept entries row by row and column by column, and the permutation between the two orders.
+// kept entries row by row, and twice more in the orders in which the kernels walk them.
 //
 // One block, because it travels as one tensor: through PyTorch's operators, `torch.compile`,
 // devices and processes. Its first words are a header that says where the sections lie.
@@ -12,27 +12,29 @@
 
 namespace jacpot::masked_matmul {
 
-inline constexpr std::int64_t entries_per_step = 8;
-
 // One direction of the pattern. Row-wise, line r is row r of the weight and its indices are
-// columns; column-wise the other way round. Indices rise within a line.
+// columns; column-wise the other way round.
+//
+// The length is cut into tiles of `span` indices, so that the part of a panel that a tile refers to
+// stays in a cache, and the entries lie tile by tile, in a tile line by line: a run for each, where
+// indices rise and count from the tile's first. A kernel reads them from end to end.
 struct Lines {
   std::int64_t lines = 0;   // how many
-  std::int64_t length = 0;  // of each, kept or not: indices are below it
+  std::int64_t length = 0;  // of each, kept or not
   std::int64_t nnz = 0;
-  int index_bytes = 2;                        // 2 where `length` fits 16 bits, else 4
-  const std::int32_t* offsets = nullptr;      // (lines + 1,)
-  const void* indices = nullptr;              // (nnz,) uint16 or int32
-  const std::int32_t* permutation = nullptr;  // entry -> its place in row order; null row-wise
-  // The grid cuts the length into steps of about `entries_per_step` entries each, from which the
-  // kernels put together tiles of the size of a cache: (steps + 1, lines), where row s holds each
-  // line's first entry with an index of at least s · step.
-  std::int64_t step = 1, steps = 0;
-  const std::int32_t* grid = nullptr;
+  std::int64_t span = 1, tiles = 1;
+  int index_bytes = 2;                    // 2 where `span` fits 16 bits, else 4
+  const std::int32_t* offsets = nullptr;  // (lines + 1,): entries of the lines before
+  const std::int32_t* starts = nullptr;   // (tiles · lines + 1,): where each run begins
+  const void* indices = nullptr;          // (nnz,) uint16 or int32
 };
 
 struct Pattern {
-  Lines rows, columns;
+  Lines rows;  // in one tile: the order of the values
+  Lines row_tiles;
+  const std::int32_t* run_places = nullptr;  // (tiles · lines,): each run's first in row order
+  Lines column_tiles;
+  const std::int32_t* places = nullptr;  // (nnz,): each entry of column_tiles in row order
 };
 
 // Kept entries of every row and the bytes that the compiled pattern will need.

@@ -28,6 +28,30 @@ struct Shuffle {
 #endif
   }
 
+  // `lane` numbers, in every lane of a vector: one load, which compilers don't find by themselves.
+  static JACPOT_INLINE Vec spread(const T* p) {
+    const auto* from = reinterpret_cast<const UnalignedLane*>(p);
+    Vec v;
+#if defined(__AVX512F__)
+    __asm__("vbroadcastf32x4 %1, %0" : "=v"(v) : "m"(*from));
+#elif defined(__AVX__)
+    __asm__("vbroadcastf128 %1, %0" : "=x"(v) : "m"(*from));
+#else
+    static_assert(width == lane);
+    v = *from;
+#endif
+    return v;
+  }
+  // Number k of each lane, everywhere in it.
+  template <int k, int... i>
+  static JACPOT_INLINE Vec splat(Vec v, std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(v, v, (i / lane * lane + k)...);
+  }
+  template <int k>
+  static JACPOT_INLINE Vec splat(Vec v) {
+    return splat<k>(v, Indices{});
+  }
+
   // One step of Eklundh's transpose: swaps the off-diagonal blocks of size `block`.
   template <int block, int... i>
   static JACPOT_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, i...>) {

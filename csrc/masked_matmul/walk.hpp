@@ -84,42 +84,24 @@ void parallel_workers(int threads, std::int64_t tasks, F&& body) {
 template <class T>
 class Panelling {
  public:
-  explicit Panelling(std::int64_t examples) : examples_(examples) {}
+  Panelling(std::int64_t examples, int shapes) : examples_(examples), shapes_(shapes) {}
   std::int64_t width() const { return shape_for(examples_).width; }
   std::int64_t count() const { return ceil_div(examples_, width()); }
   std::int64_t example(std::int64_t panel) const { return panel * width(); }
   const Shape<T>& shape(std::int64_t panel) const { return shape_for(examples_ - example(panel)); }
 
  private:
-  static const Shape<T>& shape_for(std::int64_t examples) {
-    const Kernels<T>& k = kernels<T>();
+  const Shape<T>& shape_for(std::int64_t examples) const {
+    const Shape<T>* shapes = kernels<T>().shapes;
     int i = 0;
-    while (i + 1 < k.count && k.shapes[i].width < examples) ++i;
-    return k.shapes[i];
+    while (i + 1 < shapes_ && shapes[i].width < examples) ++i;
+    return shapes[i];
   }
   std::int64_t examples_;
+  int shapes_;
 };
 
-// Grid steps of a tile: as many as `bytes` of the panel hold, and enough that the entries of a
-// line in it outweigh reading and writing the line's sums.
-template <class T>
-std::int64_t tile_steps(const Lines& lines, const Shape<T>& shape, std::int64_t bytes) {
-  const std::int64_t row_bytes = shape.width * static_cast<std::int64_t>(sizeof(T));
-  return std::max<std::int64_t>(2, bytes / (row_bytes * lines.step));
-}
-
-// Measured: somewhat more than the first-level cache forward, where one load feeds one FMA; a
-// part of the second-level cache for the fused backward, where it feeds two, and for narrow
-// panels, whose time goes into reading the weight: it is best read in long pieces.
-inline constexpr std::int64_t wide_tile_bytes = 40 << 10, long_tile_bytes = 256 << 10;
-
-template <class T>
-std::int64_t forward_tile_bytes(const Shape<T>& shape) {
-  constexpr std::int64_t narrow = 64;
-  return shape.width * static_cast<std::int64_t>(sizeof(T)) <= narrow ? long_tile_bytes
-                                                                      : wide_tile_bytes;
-}
-inline constexpr std::int64_t block_bytes = 256 << 10;  // of the lines that are walked in a tile
+inline constexpr std::int64_t block_bytes = 512 << 10;  // of the lines that are walked in a tile
 
 template <class T>
 std::int64_t block_lines(std::int64_t width) {
@@ -145,16 +127,14 @@ Status multiply(const Lines& lines, const T* values, const T* bias, bool relu, c
   parallel_workers(workers, tasks, [&](std::int64_t task, std::int64_t worker) {
     const std::int64_t panel = task / chunks.count, chunk = task % chunks.count;
     const Shape<T>& shape = panels.shape(panel);
-    const std::int64_t steps = tile_steps(lines, shape, forward_tile_bytes(shape));
     T* input = inputs.get(worker);
     T* output = outputs.get(worker);
     load(panel, 0, lines.length, input);
     const std::int64_t end = chunks.first(chunk + 1);
     for (std::int64_t first = chunks.first(chunk); first < end; first += block) {
       const std::int64_t last = std::min(end, first + block);
-      for (std::int64_t s = 0; s < lines.steps; s += steps)
-        shape.multiply({lines, first, last, s, std::min(lines.steps, s + steps)}, values, input,
-                       output);
+      for (std::int64_t t = 0; t < lines.tiles; ++t)
+        shape.multiply({lines, first, last, t}, values, input, output);
       if (bias || relu) shape.finish(first, last, bias, relu, output);
       store(panel, first, last, output);
     }
@@ -162,28 +142,41 @@ Status multiply(const Lines& lines, const T* values, const T* bias, bool relu, c
   return {};
 }
 
-// Calls f(entry, its place in row order) for every entry of `lines`, in blocks of lines by grid
-// steps: rows of few entries are far apart in row order, and this way their cache lines are used
-// up before the walk goes on.
-template <class F>
-void for_each_place(const Lines& lines, int threads, F&& f) {
-  constexpr std::int64_t block = 64;
-  const std::int64_t steps = std::max<std::int64_t>(1, 4096 / lines.step);
-  parallel_for(threads, ceil_div(lines.lines, block), [&](std::int64_t task) {
-    const std::int64_t first = task * block, last = std::min(lines.lines, first + block);
-    for (std::int64_t s = 0; s < lines.steps; s += steps) {
-      const std::int32_t* begin = lines.grid + s * lines.lines;
-      const std::int32_t* end = lines.grid + std::min(lines.steps, s + steps) * lines.lines;
-      for (std::int64_t l = first; l < last; ++l)
-        for (std::int64_t e = begin[l]; e < end[l]; ++e) f(e, lines.permutation[e]);
+// Calls f(row-wise lines, values in their order): the rows as they are for narrow panels, whose
+// time goes into reading the weight, and in tiles for wide ones.
+template <class T, class F>
+Status in_row_tiles(const Pattern& pattern, const T* values, std::int64_t width, int threads,
+                    F&& f) {
+  constexpr std::int64_t narrow_bytes = 64;
+  const Lines& tiles = pattern.row_tiles;
+  if (width * static_cast<std::int64_t>(sizeof(T)) <= narrow_bytes) return f(pattern.rows, values);
+  if (tiles.tiles == 1) return f(tiles, values);
+  const Scratch<T> packed = allocate_scratch<T>(tiles.nnz);
+  if (!packed) return no_memory;
+  // Runs are short: whole pieces are copied, whose ends the next run overwrites.
+  constexpr std::int64_t runs_per_task = 1024, piece = 8;
+  const std::int64_t runs = tiles.tiles * tiles.lines;
+  parallel_for(threads, ceil_div(runs, runs_per_task), [&](std::int64_t task) {
+    const std::int64_t end = std::min(runs, (task + 1) * runs_per_task),
+                       stop = tiles.starts[end] - piece;
+    for (std::int64_t r = task * runs_per_task; r < end; ++r) {
+      const std::int64_t count = tiles.starts[r + 1] - tiles.starts[r];
+      const T* from = values + pattern.run_places[r];
+      T* to = packed.get() + tiles.starts[r];
+      if (tiles.starts[r + 1] <= stop && pattern.run_places[r] + count <= tiles.nnz - piece)
+        for (std::int64_t k = 0; k < count; k += piece)
+          std::memcpy(to + k, from + k, piece * sizeof(T));
+      else
+        std::copy_n(from, count, to);
     }
   });
+  return f(tiles, packed.get());
 }
 
-// Gradients by columns: of the values, in column order, where `gradient` is not null, and dx where
-// `by_column`, the values in that order, is not null. A thread owns columns and takes the panels
-// in turn, so nothing is shared between threads, and sums have one order whatever their number.
-// Columns are shared out in multiples of `unit`.
+// Gradients by columns: of the values, in the order of the lines, where `gradient` is not null, and
+// dx where `by_column`, the values in that order, is not null. A thread owns columns and takes the
+// panels in turn, so nothing is shared between threads, and sums have one order whatever their
+// number. Columns are shared out in multiples of `unit`.
 template <class T, class Batch, class LoadX, class LoadDy, class StoreDx>
 Status walk_columns(const Lines& lines, const T* by_column, T* gradient, const Batch& panels,
                     std::int64_t unit, int threads, LoadX&& load_x, LoadDy&& load_dy,
@@ -216,11 +209,10 @@ Status walk_columns(const Lines& lines, const T* by_column, T* gradient, const B
         const std::int64_t last = std::min(end, first + block);
         for (std::int64_t p = start; p < stop; ++p) {
           const Shape<T>& shape = panels.shape(p);
-          const std::int64_t steps = tile_steps(lines, shape, long_tile_bytes);
           const T* panel = packed.get() + (p - start) * panel_size;
           if (gradient) load_x(p, first, last, input);
-          for (std::int64_t s = 0; s < lines.steps; s += steps) {
-            const Tile tile{lines, first, last, s, std::min(lines.steps, s + steps)};
+          for (std::int64_t t = 0; t < lines.tiles; ++t) {
+            const Tile tile{lines, first, last, t};
             if (by_column && gradient)
               shape.fused(tile, by_column, panel, input, output, gradient);
             else if (by_column)
@@ -236,29 +228,36 @@ Status walk_columns(const Lines& lines, const T* by_column, T* gradient, const B
   return {};
 }
 
-// Runs body(values in column order or null, gradient in column order or null) between the
-// permutations into and out of column order.
+// Runs body(values or null, gradient or null), both in the order of the columns' tiles, between the
+// permutations into and out of it. A tile's entries lie in few rows, side by side: its cache lines
+// are used up before the walk goes on.
 template <class T, class F>
-Status in_column_order(const Lines& lines, const T* values, bool wants_dx, T* d_values, int threads,
-                       F&& body) {
+Status in_column_order(const Pattern& pattern, const T* values, bool wants_dx, T* d_values,
+                       int threads, F&& body) {
+  const std::int64_t nnz = pattern.column_tiles.nnz;
+  const auto for_each_entry = [&](auto&& f) {
+    constexpr std::int64_t entries_per_task = 1 << 14;
+    parallel_for(threads, ceil_div(nnz, entries_per_task), [&](std::int64_t task) {
+      const std::int64_t end = std::min(nnz, (task + 1) * entries_per_task);
+      for (std::int64_t e = task * entries_per_task; e < end; ++e) f(e, pattern.places[e]);
+    });
+  };
   Scratch<T> by_column, gradient;
   if (wants_dx) {
-    if (!(by_column = allocate_scratch<T>(lines.nnz))) return no_memory;
-    for_each_place(lines, threads,
-                   [values, to = by_column.get()](std::int64_t e, std::int64_t place) {
-                     to[e] = values[place];
-                   });
+    if (!(by_column = allocate_scratch<T>(nnz))) return no_memory;
+    for_each_entry([values, to = by_column.get()](std::int64_t e, std::int64_t place) {
+      to[e] = values[place];
+    });
   }
   if (d_values) {
-    if (!(gradient = allocate_scratch<T>(lines.nnz))) return no_memory;
-    std::memset(gradient.get(), 0, static_cast<std::size_t>(lines.nnz) * sizeof(T));
+    if (!(gradient = allocate_scratch<T>(nnz))) return no_memory;
+    std::memset(gradient.get(), 0, static_cast<std::size_t>(nnz) * sizeof(T));
   }
   const Status status = body(by_column.get(), gradient.get());
   if (status.ok() && d_values)
-    for_each_place(lines, threads,
-                   [d_values, from = gradient.get()](std::int64_t e, std::int64_t place) {
-                     d_values[place] = from[e];
-                   });
+    for_each_entry([d_values, from = gradient.get()](std::int64_t e, std::int64_t place) {
+      d_values[place] = from[e];
+    });
   return status;
 }
 

@@ -37,7 +37,7 @@ def test_describes_the_mask(mask):
     assert torch.equal(pattern.row_offsets.diff().to(torch.int64), mask.sum(1))
     assert torch.equal(pattern.column_offsets.diff().to(torch.int64), mask.sum(0))
     by_column = torch.argsort(columns, stable=True)
-    assert torch.equal(pattern.permutation.to(torch.int64), by_column)
+    assert torch.equal(pattern.permutation, by_column)
     assert torch.equal(pattern.row_indices.to(torch.int64), rows[by_column])
 
 
@@ -72,10 +72,8 @@ def test_wide_indices_and_threads(threads):
             mask = torch.rand(shape) < 0.1
             pattern = jacpot.Pattern(mask)
             assert torch.equal(pattern.mask(), mask)
-            assert {pattern.column_indices.dtype, pattern.row_indices.dtype} == {
-                torch.uint16,
-                torch.int32,
-            }
+            narrow = shape[1] <= 65536
+            assert pattern.column_indices.dtype == (torch.uint16 if narrow else torch.int32)
     finally:
         torch.set_num_threads(before)
 

@@ -189,18 +189,15 @@ def _prepare(pattern: Tensor) -> _Prepared:
 
     indices = section("column_indices", nnz, layout["column_index_bytes"])
     offsets = section("row_offsets", rows + 1)
-    lines = torch.arange(rows, device=pattern.device)
-    kept = torch.repeat_interleave(lines, offsets.diff().long(), output_size=nnz) * columns
+    lines = torch.arange(rows, dtype=torch.int32, device=pattern.device)
+    row_indices = torch.repeat_interleave(lines, offsets.diff().long(), output_size=nnz)
+    permutation = torch.argsort(indices, stable=True)
     return _Prepared(
         (rows, columns),
         Walk.of(offsets, indices, columns),
-        Walk.of(
-            section("column_offsets", columns + 1),
-            section("row_indices", nnz, layout["row_index_bytes"]),
-            rows,
-        ),
-        section("permutation", nnz).long(),
-        kept + indices,
+        Walk.of(section("column_offsets", columns + 1), row_indices[permutation], rows),
+        permutation,
+        row_indices.long() * columns + indices,
     )
 
 
