@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+from pretend_gpu import PretendGpu, PretendKernels
 
 from jacpot import _backend
 
@@ -64,3 +66,62 @@ def emulated_cuda(
     monkeypatch.setattr(_backend, "on_cuda", lambda tensor: True)
     monkeypatch.setattr(_backend, "queue", lambda tensor: (0, 0))
     return cuda_emulator
+
+
+def why_no_gpu() -> str | None:
+    """Say why nothing can run on a GPU here; None where it can."""
+    if _backend.build_info()["cuda_built"] is None:
+        return "this build has no CUDA kernels: run `make test-cuda` where nvcc and a GPU are"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU, or was built without CUDA"
+    return None
+
+
+on_gpu = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def _pretend(request: pytest.FixtureRequest) -> PretendGpu:
+    """Let the device `cuda` exist, with the emulator's kernels (helpers/pretend_gpu.py)."""
+    emulator = request.getfixturevalue("cuda_emulator")
+    emulator.configure(shared_bytes=164 * 1024, multiprocessors=4, order=0)
+    patch = request.getfixturevalue("monkeypatch")
+    patch.setattr(_backend, "cuda", lambda: PretendKernels(emulator))
+    patch.setattr(_backend, "queue", lambda tensor: (0, 0))
+    patch.setattr(torch.cuda, "get_rng_state", lambda device=0: None)
+    patch.setattr(torch.cuda, "set_rng_state", lambda state, device=0: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads of two libraries that wait for one another
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    return PretendGpu()
+
+
+def _cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    # For those who write tests of GPUs and have none.
+    if os.environ.get("JACPOT_TEST_CUDA") == "pretend":
+        with _pretend(request):
+            yield torch.device("cuda")
+        return
+    if (reason := why_no_gpu()) is not None:
+        pytest.skip(reason)
+    yield torch.device("cuda")
+    torch.cuda.synchronize()  # a kernel that failed fails the test that launched it
+
+
+@pytest.fixture(params=[*_backend.core.build_info()["isas_supported"], on_gpu])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Run the test on the CPU with the kernels of every instruction set, and on a GPU."""
+    if request.param == "cuda":
+        yield from _cuda(request)
+        return
+    with _backend.isa(request.param):
+        yield torch.device("cpu")
+
+
+@pytest.fixture(params=["pretended", on_gpu])
+def gpu(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Run the test on a pretended GPU, which refuses what a real one refuses, and on a real one."""
+    if request.param == "cuda":
+        yield from _cuda(request)
+        return
+    with _pretend(request):
+        yield torch.device("cuda")

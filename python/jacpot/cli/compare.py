@@ -86,10 +86,7 @@ def compare(
     ] = 300,
     device: Annotated[
         str,
-        typer.Option(
-            help="Where networks are trained: cpu, cuda, cuda:1, ... The tangent space is fitted "
-            "on the CPU."
-        ),
+        typer.Option(help="cpu, cuda, cuda:1, ..."),
     ] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget what --out holds and start anew.")

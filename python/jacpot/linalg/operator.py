@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jacpot._backend import core, threads
+from jacpot.ops.arrays import as_kind, as_tensor, is_cupy, like
 
 __all__ = ["DenseOperator", "FunctionOperator", "LinearOperator", "as_operator"]
 
@@ -28,12 +29,15 @@ class LinearOperator:
     shape : tuple[int, int]
     dtype : torch.dtype
         The dtype its products are computed in, float32 or float64.
+    device : torch.device
+        Where its products are computed; the CPU unless a subclass says otherwise.
     column_group : int
         Columns come cheaper in aligned groups of this many.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
     column_group: int = 1
 
     def _matmat(self, x: Tensor) -> Tensor:
@@ -47,20 +51,25 @@ class LinearOperator:
         return self
 
     def _dense(self) -> Tensor:
-        return self._matmat(torch.eye(self.shape[1], dtype=self.dtype))
+        return self._matmat(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
 
     def _columns(self, indices: Tensor) -> Tensor:
-        units = torch.zeros(self.shape[1], len(indices), dtype=self.dtype)
-        units[indices, torch.arange(len(indices))] = 1
+        options: dict[str, Any] = {"device": self.device}
+        units = torch.zeros(self.shape[1], len(indices), dtype=self.dtype, **options)
+        units[indices, torch.arange(len(indices), **options)] = 1
         return self._matmat(units)
 
     def _diagonal(self) -> Tensor:
         n, step = self.shape[1], 256
         parts = [
-            self._columns(torch.arange(i, min(i + step, n)))[i : i + step].diagonal()
+            self._columns(torch.arange(i, min(i + step, n), device=self.device))[
+                i : i + step
+            ].diagonal()
             for i in range(0, n, step)
         ]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype)
+        if not parts:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        return torch.cat(parts)
 
     def _core(self) -> Any:
         """Give what the compiled solvers call for a product."""
@@ -126,7 +135,7 @@ class DenseOperator(LinearOperator):
     Parameters
     ----------
     matrix
-        (rows, columns), a CPU tensor or a NumPy array; not copied when rows are contiguous.
+        (rows, columns): a tensor, a NumPy or CuPy array; not copied when rows are contiguous.
 
     Examples
     --------
@@ -146,7 +155,7 @@ class DenseOperator(LinearOperator):
             )
         self.matrix = tensor if tensor.stride(1) == 1 else tensor.contiguous()
         self.shape = (tensor.shape[0], tensor.shape[1])
-        self.dtype = tensor.dtype
+        self.dtype, self.device = tensor.dtype, tensor.device
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.matrix @ x
@@ -185,6 +194,8 @@ class FunctionOperator(LinearOperator):
         float32 or float64.
     double
         Makes the same operator with products in float64; None when there is no better one.
+    device
+        Of the tensors that the functions take and return.
     """
 
     def __init__(
@@ -194,12 +205,13 @@ class FunctionOperator(LinearOperator):
         rmatmat: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype = torch.float64,
         double: Callable[[], LinearOperator] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in _FLOATS:
             raise TypeError(f"argument 'dtype' must be torch.float32 or torch.float64, got {dtype}")
         if rmatmat is None and shape[0] != shape[1]:
             raise ValueError(f"argument 'rmatmat' is needed when shape is not square, got {shape}")
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
         self._forward, self._backward, self._make_double = matmat, rmatmat, double
 
     def _matmat(self, x: Tensor) -> Tensor:
@@ -215,6 +227,7 @@ class FunctionOperator(LinearOperator):
             self._forward,
             self.dtype,
             None if make is None else lambda: make().T,
+            self.device,
         )
 
     def _double(self) -> LinearOperator:
@@ -228,56 +241,62 @@ def as_operator(operator: Any, rhs: Any) -> LinearOperator:
     ----------
     operator
         A `LinearOperator`; a 2-dimensional array; an object with ``shape`` and ``@`` (SciPy sparse
-        matrices and operators, ``linear_operator``'s); or a function of a vector, symmetric and of
-        the size of ``rhs``, that takes and returns what ``rhs`` is (tensor or NumPy array).
+        matrices and operators, CuPy's, ``linear_operator``'s); or a function of a vector, symmetric
+        and of the size of ``rhs``, that takes and returns what ``rhs`` is (tensor, NumPy or CuPy
+        array).
     rhs
         The right-hand side.
     """
     if isinstance(operator, LinearOperator):
         return operator
-    if isinstance(operator, (Tensor, numpy.ndarray)):
+    if isinstance(operator, (Tensor, numpy.ndarray)) or is_cupy(operator):
         return DenseOperator(operator)
-    as_numpy = not isinstance(rhs, Tensor)
-    dtype = torch.float32 if str(rhs.dtype).endswith("float32") else torch.float64
+    tensor = as_tensor(rhs)
+    dtype = torch.float32 if tensor.dtype == torch.float32 else torch.float64
     shape = getattr(operator, "shape", None)
     if shape is not None and len(shape) == 2 and hasattr(operator, "__matmul__"):
-        return _from_object(operator, (int(shape[0]), int(shape[1])), dtype)
+        return _from_object(operator, (int(shape[0]), int(shape[1])), dtype, tensor.device)
     if callable(operator):
-        return _from_function(operator, rhs.shape[0], rhs.ndim == 1, as_numpy, dtype)
+        return _from_function(operator, rhs, dtype, tensor.device)
     raise TypeError(
         "argument 'operator' must be a LinearOperator, a 2-dimensional array, an object with "
         f"'shape' and '@', or a function, got {type(operator).__name__}"
     )
 
 
-def _from_object(operator: Any, shape: tuple[int, int], dtype: torch.dtype) -> LinearOperator:
-    # SciPy's work on NumPy arrays and say so by their dtype; others are taken to be torch's.
+def _from_object(
+    operator: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> LinearOperator:
+    # SciPy's and CuPy's say that they work on such arrays by their dtype; others are torch's.
     own = getattr(operator, "dtype", dtype)
-    of_torch = isinstance(own, torch.dtype)
     working = torch.float32 if str(own).endswith("float32") else torch.float64
+    kind: Any = (
+        "torch" if isinstance(own, torch.dtype) else "cupy" if is_cupy(operator) else "numpy"
+    )
 
     def product(side: Any) -> Callable[[Tensor], Tensor]:
-        if of_torch:
-            return lambda x: side @ x
-        return lambda x: torch.from_numpy(numpy.ascontiguousarray(side @ x.numpy()))
+        return lambda x: as_tensor(side @ as_kind(x, kind)).contiguous()
 
-    return FunctionOperator(shape, product(operator), product(operator.T), working)
+    where = torch.device("cpu") if kind == "numpy" else device
+    return FunctionOperator(shape, product(operator), product(operator.T), working, device=where)
 
 
 def _from_function(
-    function: Callable[[Any], Any], size: int, flat: bool, as_numpy: bool, dtype: torch.dtype
+    function: Callable[[Any], Any], rhs: Any, dtype: torch.dtype, device: torch.device
 ) -> LinearOperator:
+    size, flat = rhs.shape[0], rhs.ndim == 1
+
     def matmat(x: Tensor) -> Tensor:
-        given: Any = x[:, 0] if flat else x
-        product = function(given.numpy() if as_numpy else given)
-        out = torch.as_tensor(product)
+        out = as_tensor(function(like(x[:, 0] if flat else x, rhs)))
         return out[:, None] if flat else out
 
-    return FunctionOperator((size, size), matmat, dtype=dtype)
+    return FunctionOperator((size, size), matmat, dtype=dtype, device=device)
 
 
 def _as_tensor(array: Any, name: str) -> Tensor:
-    """Take a CPU tensor or NumPy array of a float dtype, without a copy where possible."""
+    """Take a tensor, NumPy or CuPy array of a float dtype, without a copy where possible."""
+    if is_cupy(array):
+        array = as_tensor(array)
     if isinstance(array, numpy.ndarray):
         if array.dtype not in (numpy.float32, numpy.float64):
             raise TypeError(f"argument {name!r} must be float32 or float64, got {array.dtype}")
@@ -286,19 +305,22 @@ def _as_tensor(array: Any, name: str) -> Tensor:
         return torch.from_numpy(array)
     if not isinstance(array, Tensor):
         raise TypeError(
-            f"argument {name!r} must be a tensor or a NumPy array, got {type(array).__name__}"
+            f"argument {name!r} must be a tensor, a NumPy or a CuPy array, got "
+            f"{type(array).__name__}"
         )
     if array.dtype not in _FLOATS:
         raise TypeError(f"argument {name!r} must be float32 or float64, got {array.dtype}")
-    if array.device.type != "cpu":
-        raise ValueError(f"argument {name!r} must be on the CPU, got {array.device}")
+    if array.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"argument {name!r} must be on the CPU or a CUDA device, got {array.device}"
+        )
     return array.detach()
 
 
 def power_of_two(columns: Tensor) -> Tensor:
     """Give for each column a power of two above its largest element; 1 where all are zero."""
     if columns.shape[0] == 0:
-        return torch.ones(columns.shape[1], dtype=torch.float64)
+        return torch.ones(columns.shape[1], dtype=torch.float64, device=columns.device)
     largest = columns.abs().amax(dim=0)
     exponent = torch.frexp(largest).exponent
     scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
-from jacpot._backend import core, on_cuda, threads
-from jacpot.linalg.cuda import solve_on_cuda
+from jacpot import _backend
+from jacpot._backend import core, threads
+from jacpot.linalg import cuda
 from jacpot.linalg.operator import (
     DenseOperator,
     LinearOperator,
@@ -30,6 +30,7 @@ from jacpot.linalg.preconditioners import (
     Prepared,
 )
 from jacpot.linalg.solution import Interrupted, Solution, Status
+from jacpot.ops.arrays import like
 
 __all__ = ["prepare", "solve"]
 
@@ -63,12 +64,11 @@ def solve(
     Parameters
     ----------
     operator
-        The matrix A (m, n): an array, a `LinearOperator`, a SciPy operator, or a function
-        ``v -> A v`` (see `jacpot.linalg.as_operator`).
+        The matrix A (m, n): an array, a `LinearOperator`, an operator of SciPy or CuPy, or a
+        function ``v -> A v`` (see `jacpot.linalg.as_operator`).
     rhs
-        b, (m,) or (m, R): a tensor or NumPy array, float32 or float64. For a CUDA tensor there
-        are ``"cg"`` (also as ``"auto"``) and ``"cholesky"``; the operator is then a symmetric
-        positive definite CUDA tensor, a `LinearOperator` of such, or a function.
+        b, (m,) or (m, R): a tensor, NumPy or CuPy array, float32 or float64. On a GPU the
+        operator must be on the same one, and there is every method but ``"minres"``.
     damping
         Non-negative.
     method
@@ -119,16 +119,14 @@ def solve(
     (True, tensor([0.0909, 0.6364], dtype=torch.float64))
     """
     start = time.perf_counter()
-    if isinstance(rhs, Tensor) and on_cuda(rhs):
-        return solve_on_cuda(
-            operator, rhs, damping, method, tol, max_iter, x0, preconditioner, callback
-        )
     b = _as_tensor(rhs, "rhs")
     if b.ndim not in (1, 2):
         raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
     if not torch.isfinite(b).all():
         raise ValueError("argument 'rhs' must be finite, got NaN or infinity")
     a = as_operator(operator, rhs)
+    if a.device != b.device:
+        raise ValueError(f"argument 'operator' must be on {b.device} like 'rhs', got {a.device}")
     _check_arguments(a, b, damping, tol, max_iter)
     method = _choose(method, a, preconditioner is not None)
     if isinstance(a, DenseOperator) and method != "lsmr":
@@ -141,7 +139,7 @@ def solve(
     columns = b.double() if b.ndim == 2 else b.double()[:, None]
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scale = power_of_two(columns)
-    x = torch.zeros(a.shape[1], columns.shape[1], dtype=torch.float64)
+    x = torch.zeros(a.shape[1], columns.shape[1], dtype=torch.float64, device=b.device)
     if x0 is not None:
         guess = _as_tensor(x0, "x0")
         if guess.shape != (a.shape[1], *b.shape[1:]):
@@ -149,36 +147,36 @@ def solve(
                 f"argument 'x0' must have shape {(a.shape[1], *b.shape[1:])}, "
                 f"got {tuple(guess.shape)}"
             )
+        if guess.device != b.device:
+            raise ValueError(f"argument 'x0' must be on {b.device} like 'rhs', got {guess.device}")
         x = guess.double().reshape(x.shape) / scale
     setup = time.perf_counter()
     if method == "cholesky":
         preconditioner = Cholesky()
     prepared = prepare(preconditioner, a, damping)
-    inverse: Any = None if prepared.inverse is None else prepared.inverse._core()
     setup = time.perf_counter() - setup
     columns = (columns / scale).contiguous()
     x = x.contiguous()
-    result: dict[str, Any] = core.krylov_solve(
+    result = _iterate(
         "cg" if method == "cholesky" else method,
-        a._core(),
-        columns.numpy(),
-        x.numpy(),
+        a,
+        columns,
+        x,
         float(damping),
-        inverse,
+        prepared.inverse,
         float(tol),
         min(10 * a.shape[1], 20_000) if max_iter is None else int(max_iter),
-        threads(),
         callback,
     )
     interrupted = "residual_norms" not in result  # by Ctrl-C, before the last recomputation
     if interrupted:
         result["residual_norms"] = _residual(a, columns, x, damping).norm(dim=0).tolist()
     norms = torch.tensor(result["residual_norms"], dtype=torch.float64)
-    relative = torch.where(norms > 0, norms / columns.norm(dim=0), 0.0)
+    relative = torch.where(norms > 0, norms / columns.norm(dim=0).cpu(), 0.0)
     worst = int(relative.argmax()) if len(relative) else None
     out: Any = (x * scale).reshape(a.shape[1], *b.shape[1:])
     solution = Solution(
-        x=out.numpy() if isinstance(rhs, numpy.ndarray) else out,
+        x=like(out, rhs),
         status=Status(result["outcome"]),
         iterations=result["iterations"],
         residual_norm=0.0 if worst is None else float(norms[worst] * scale[worst]),
@@ -193,6 +191,36 @@ def solve(
     if interrupted:
         raise Interrupted(solution)
     return solution
+
+
+def _iterate(
+    method: str,
+    a: LinearOperator,
+    columns: Tensor,
+    x: Tensor,
+    damping: float,
+    inverse: LinearOperator | None,
+    tol: float,
+    max_iter: int,
+    callback: Callback | None,
+) -> dict[str, Any]:
+    """Improve ``x`` (n, R) in place, on the device it is on, and say what happened."""
+    if _backend.on_cuda(x):
+        return cuda.iterate(method, a, columns, x, damping, inverse, tol, max_iter, callback)
+    core_inverse: Any = None if inverse is None else inverse._core()
+    result: dict[str, Any] = core.krylov_solve(
+        method,
+        a._core(),
+        columns.numpy(),
+        x.numpy(),
+        damping,
+        core_inverse,
+        tol,
+        max_iter,
+        threads(),
+        callback,
+    )
+    return result
 
 
 def _check_arguments(
@@ -258,7 +286,9 @@ def prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:
     if isinstance(preconditioner, LinearOperator):
         inverse = preconditioner
     elif callable(preconditioner):
-        inverse = as_operator(preconditioner, torch.empty(a.shape[0], 1, dtype=a.dtype))
+        inverse = as_operator(
+            preconditioner, torch.empty(a.shape[0], 1, dtype=a.dtype, device=a.device)
+        )
     else:
         raise TypeError(
             "argument 'preconditioner' must be None, a name, a Preconditioner, a LinearOperator "

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["as_tensor", "like", "mask_of_sparse"]
+__all__ = ["as_kind", "as_tensor", "is_cupy", "kind_of", "like", "mask_of_sparse"]
+
+Kind: TypeAlias = Literal["torch", "numpy", "cupy"]
 
 
-def _is_cupy(array: Any) -> bool:
-    return type(array).__module__.partition(".")[0] == "cupy"
+def is_cupy(array: Any) -> bool:
+    """Whether something is CuPy's: an array, or a sparse matrix or an operator on such."""
+    return type(array).__module__.partition(".")[0] in ("cupy", "cupyx")
+
+
+def kind_of(array: Any) -> Kind:
+    """Whose an array is."""
+    if isinstance(array, Tensor):
+        return "torch"
+    return "cupy" if is_cupy(array) else "numpy"
 
 
 def as_tensor(array: Any) -> Tensor:
@@ -21,7 +31,7 @@ def as_tensor(array: Any) -> Tensor:
 
     DLPack orders CuPy's current stream before PyTorch's, without waiting on the host.
     """
-    if _is_cupy(array):
+    if is_cupy(array):
         tensor: Tensor = from_dlpack(array)
         return tensor
     return torch.as_tensor(array)
@@ -29,9 +39,14 @@ def as_tensor(array: Any) -> Tensor:
 
 def like(result: Tensor, array: Any) -> Any:
     """Give a result as the kind of array that ``array`` is, on the memory it has."""
-    if isinstance(array, Tensor):
+    return as_kind(result, kind_of(array))
+
+
+def as_kind(result: Tensor, kind: Kind) -> Any:
+    """Give a result as a kind of array, on the memory it has."""
+    if kind == "torch":
         return result
-    if _is_cupy(array):
+    if kind == "cupy":
         return sys.modules["cupy"].from_dlpack(result.detach())
     return result.detach().numpy()
 

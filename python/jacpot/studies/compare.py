@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -199,11 +198,8 @@ def _between(
 ) -> dict[str, float]:
     final = fitted["network"].function
     assert isinstance(final, nn.Module)
-    probe = parts.test.x[:KERNEL_EXAMPLES].cpu()
-    before, after = (
-        jacpot.ntk(copy.deepcopy(module).cpu(), probe, outputs="trace")
-        for module in (network, final)
-    )
+    probe = parts.test.x[:KERNEL_EXAMPLES]
+    before, after = (jacpot.ntk(module, probe, outputs="trace") for module in (network, final))
     between = {
         "distance": measures.distance(outputs["tangent"], outputs["network"]),
         "angle": measures.angle(fitted["tangent"].displacement, fitted["network"].displacement),

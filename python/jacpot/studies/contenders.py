@@ -91,10 +91,7 @@ def tangent(
     Fitted
     """
     start = time.perf_counter()
-    # The Jacobian's kernels run on the CPU, wherever the network is trained.
-    device = parts.train.x.device
-    network = copy.deepcopy(network).cpu()
-    x, targets = parts.train.x.cpu(), parts.train.targets.cpu()
+    x, targets = parts.train.x, parts.train.targets
     scale = float(jacpot.jacobian(network, x).row_norms().double().square().mean())
     path: list[dict[str, Any]] = []
     best: jacpot.LinearizedModule | None = None
@@ -102,7 +99,7 @@ def tangent(
         progress(f"tangent space, ridge {ridge:g}")
         model = jacpot.linearize(network)
         solution = model.fit(x, targets, ridge=ridge * scale, tol=tol)
-        outputs = predict(model, parts.validation.x.cpu()).to(device)
+        outputs = predict(model, parts.validation.x)
         loss = parts.loss(outputs, parts.validation)
         path.append(
             {
@@ -121,11 +118,8 @@ def tangent(
     assert best is not None  # the first ridge has nothing to be worse than
     chosen = min(path, key=lambda entry: entry["validation_loss"])
     model = best
-    displacement = {name: part.to(device) for name, part in model.delta.items()}
     details = {**chosen, "ridge_absolute": chosen["ridge"] * scale, "path": path}
-    return Fitted(
-        lambda x: model(x.cpu()).to(device), displacement, time.perf_counter() - start, details
-    )
+    return Fitted(model, model.delta, time.perf_counter() - start, details)
 
 
 def trained(

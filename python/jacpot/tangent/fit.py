@@ -186,9 +186,13 @@ class Fit(Solution):
 def cross_kernel(problem: Problem, other: Jacobian) -> Tensor:
     """Kernel (M·K, N·K) in float64 between other inputs and the fit's, rows weighted as there."""
     jacobian = problem.jacobian.double()
-    left = JacobianOperator(other.blocks, other.n_examples, other.n_outputs).double()
+    left = JacobianOperator(
+        other.blocks, other.n_examples, other.n_outputs, device=other.outputs.device
+    ).double()
     if not left.blocks:
-        return torch.zeros(left.shape[0], jacobian.shape[0], dtype=torch.float64)
+        return torch.zeros(
+            left.shape[0], jacobian.shape[0], dtype=torch.float64, device=left.device
+        )
     rows = [
         torch.cat([gram(a, b) for _, _, b in jacobian.slices()], dim=2) for _, _, a in left.slices()
     ]

@@ -12,7 +12,7 @@ from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Columns, assemble
 from jacpot.tangent.capture import capture
 from jacpot.tangent.factored import Jacobian, joined
-from jacpot.tangent.network import Inputs, Network, Output, recording, take
+from jacpot.tangent.network import Inputs, Network, Output, recording, take, tensors
 from jacpot.tangent.probe import probe
 
 __all__ = ["Jacobian", "JacobianSource", "jacobian"]
@@ -115,6 +115,12 @@ class JacobianSource:
         self._patterns: dict[str, Pattern] = {}
         with recording():
             self.network = Network(module, mask, output)
+            for tensor in tensors(x):
+                if tensor.device != self.network.device:
+                    raise ValueError(
+                        f"argument 'x' must be on {self.network.device} like the module, "
+                        f"got {tensor.device}"
+                    )
             kept = self.network.mask if wrt == "kept" else {}
             self.columns = Columns(self.network.parameters, kept)
             self.probe = probe(self.network, x, targets)

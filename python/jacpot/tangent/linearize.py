@@ -121,6 +121,7 @@ class LinearizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearizedModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.base._apply(fn)  # type: ignore[no-untyped-call]
+        self.mask = {name: fn(kept) for name, kept in self.mask.items()}
         return self
 
     def fit(
@@ -211,7 +212,12 @@ class LinearizedModule(nn.Module):
         capture = functools.partial(jacobian, self.base, mask=self.mask or None)
         columns = capture(x)
         targets = chosen.check(y, columns.outputs)
-        operator = JacobianOperator(columns.blocks, columns.n_examples, columns.n_outputs)
+        operator = JacobianOperator(
+            columns.blocks,
+            columns.n_examples,
+            columns.n_outputs,
+            device=columns.outputs.device,
+        )
         if batch_size is not None and len(x):
             operator = StreamedJacobian(capture, x, batch_size)
         root = _checked_weights(weights, len(x))
@@ -341,7 +347,7 @@ def _checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[
                 f"argument 'mask' must have shape {tuple(parameters[name].shape)} for {name!r}, "
                 f"got {tuple(kept.shape)}"
             )
-        out[name] = kept
+        out[name] = kept.to(parameters[name].device)
     return out
 
 

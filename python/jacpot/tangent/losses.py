@@ -47,6 +47,10 @@ def _check_floats(y: Tensor, outputs: Tensor, name: str) -> Tensor:
             f"argument 'y' must have shape {tuple(outputs.shape)} like the outputs, "
             f"got {tuple(y.shape)}"
         )
+    if y.device != outputs.device:
+        raise ValueError(
+            f"argument 'y' must be on {outputs.device} like the outputs, got {y.device}"
+        )
     if not torch.isfinite(y).all():
         raise ValueError("argument 'y' must be finite, got NaN or infinity")
     return y.detach().double()
@@ -70,7 +74,7 @@ class SquaredError:
 
     def root(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Loss`."""
-        return torch.eye(f.shape[1], dtype=f.dtype).expand(f.shape[0], -1, -1)
+        return torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(f.shape[0], -1, -1)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def fit_convex(
     start = time.perf_counter()
     exact = jacobian.double()
     shape = outputs.shape
-    delta = torch.zeros(jacobian.shape[1], dtype=torch.float64) if x0 is None else x0.double()
+    delta = outputs.new_zeros(jacobian.shape[1]) if x0 is None else x0.double()
     change = (exact @ delta).reshape(shape)
 
     def objective(f: Tensor, d: Tensor) -> float:

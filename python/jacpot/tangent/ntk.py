@@ -59,8 +59,8 @@ def ntk(
     Returns
     -------
     Tensor or array
-        The kernel: ``out``, the file's memmap, or a new tensor. Without ``x2`` it is symmetric to
-        the last bit.
+        The kernel: ``out``, the file's memmap, or a new tensor on the module's device. Without
+        ``x2`` it is symmetric to the last bit.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def ntk(
         left = source(x1)
         return left.gram(None if x2 is None else source(x2), outputs)
 
-    target = Target(out, shape, source.dtype)
+    target = Target(out, shape, source.dtype, source.network.device)
     header: dict[str, object] = {"batch_size": step}
     if target.journal is not None:
         state = [*source.network.state.values(), *source.network.mask.values()]

@@ -90,8 +90,9 @@ class Posterior:
         exact = self._jacobian.double()
         rows, columns = exact.shape
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-        prior = torch.randn(columns, count, **options)
-        noise = torch.randn(rows, count, **options) * self.noise**0.5
+        # Drawn on the CPU, so that a seed means the same on every device.
+        prior = torch.randn(columns, count, **options).to(exact.device)
+        noise = torch.randn(rows, count, **options).to(exact.device) * self.noise**0.5
         alpha = self._solve(self._residual[:, None] - exact @ prior - noise, tol).x
         draws = prior + exact.T @ alpha
         return [self._delta(draw) for draw in draws.unbind(1)]

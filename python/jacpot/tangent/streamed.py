@@ -43,7 +43,7 @@ class StreamedJacobian(JacobianOperator):
             raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
         self.capture, self.x, self.batch_size, self.mix = capture, x, batch_size, mix
         first = capture(x[:1])
-        super().__init__(first.blocks, len(x), first.n_outputs, dtype)
+        super().__init__(first.blocks, len(x), first.n_outputs, dtype, first.outputs.device)
 
     def _blocks(self, examples: slice | Tensor) -> list[Block]:
         blocks = self.capture(self.x[examples]).blocks

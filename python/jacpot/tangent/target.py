@@ -25,6 +25,8 @@ class Target:
         new tensor.
     shape, dtype
         What it must have.
+    device
+        Of a new tensor.
 
     Attributes
     ----------
@@ -39,10 +41,16 @@ class Target:
         If the array has another dtype or shape.
     """
 
-    def __init__(self, out: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        out: Any,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.journal: Path | None = None
         if out is None:
-            out = torch.empty(shape, dtype=dtype)
+            out = torch.empty(shape, dtype=dtype, device=device)
         elif isinstance(out, str | os.PathLike):
             out = _npy(Path(out), shape, dtype)
         if (
@@ -66,7 +74,7 @@ class Target:
 
     def write(self, index: tuple[slice, ...], block: Tensor) -> None:
         """Write a block."""
-        self.array[index] = block if isinstance(self.array, Tensor) else block.numpy()
+        self.array[index] = block if isinstance(self.array, Tensor) else block.cpu().numpy()
 
     def flush(self) -> None:
         """Make what was written durable, and give a mapped file's memory back."""

@@ -60,6 +60,7 @@ class LowRankInverse(LinearOperator):
     def __init__(self, factor: Tensor, damping: float) -> None:
         self.factor = factor
         self.shape, self.dtype = (factor.shape[0], factor.shape[0]), factor.dtype
+        self.device = factor.device
         values, vectors = torch.linalg.eigh((factor.T @ factor).double())
         floor = 30 * torch.finfo(factor.dtype).eps * float(values[-1]) if len(values) else 0.0
         shifted = values.clamp_min(0) + max(damping, floor)
@@ -75,4 +76,6 @@ class LowRankInverse(LinearOperator):
 def elementwise_inverse(values: Tensor) -> LinearOperator:
     """``diag(1 / values)``."""
     n = values.shape[0]
-    return FunctionOperator((n, n), lambda x: x / values[:, None], dtype=values.dtype)
+    return FunctionOperator(
+        (n, n), lambda x: x / values[:, None], dtype=values.dtype, device=values.device
+    )

@@ -43,6 +43,7 @@ class _Solve(LinearOperator):
     def __init__(self, factor: Tensor, scale: float) -> None:
         self.factor, self.scale = factor, scale
         self.shape, self.dtype = (factor.shape[0], factor.shape[0]), torch.float64
+        self.device = factor.device
 
     def _matmat(self, x: Tensor) -> Tensor:
         # A power of two for each column keeps float32 in range.

@@ -62,7 +62,7 @@ class Nystrom(Preconditioner):
         """Give F (n, r), ``F Fᵀ ≈ A``, from ``rank`` columns."""
         n, group = operator.shape[0], operator.column_group
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n // group, generator=generator)
+        order = torch.randperm(n // group, generator=generator).to(operator.device)
         return nystrom_factor(operator, _indices(order, min(rank, n), group))
 
     def _choose_rank(self, operator: LinearOperator, damping: float, limit: int) -> tuple[int, str]:
@@ -71,13 +71,13 @@ class Nystrom(Preconditioner):
         if pilot < group:
             return 0, "the matrix is too small"
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n // group, generator=generator)
+        order = torch.randperm(n // group, generator=generator).to(operator.device)
         indices = _indices(order, pilot, group)
         start = time.perf_counter()
         columns = operator.columns(indices)
         per_column = (time.perf_counter() - start) / len(indices)
         start = time.perf_counter()
-        operator @ torch.ones(n, dtype=operator.dtype)
+        operator @ torch.ones(n, dtype=operator.dtype, device=operator.device)
         product = time.perf_counter() - start
         # Eigenvalues of the intersection, scaled up, estimate the matrix's own; a power law
         # through their middle extends them past the pilot (their end is biased downwards).
@@ -109,7 +109,7 @@ class Nystrom(Preconditioner):
 
 def _indices(order: Tensor, rank: int, group: int) -> Tensor:
     blocks = order[: max(1, rank // group)]
-    return (blocks[:, None] * group + torch.arange(group)).reshape(-1)
+    return (blocks[:, None] * group + torch.arange(group, device=order.device)).reshape(-1)
 
 
 def nystrom_factor(operator: LinearOperator, indices: Tensor) -> Tensor:

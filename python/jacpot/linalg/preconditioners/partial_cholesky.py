@@ -49,7 +49,7 @@ def random_pivoted_cholesky(
     n = operator.shape[0]
     generator = torch.Generator().manual_seed(seed)
     left = operator.diagonal().double().clamp_min(0)
-    factor = torch.zeros(n, 0, dtype=torch.float64)
+    factor = torch.zeros(n, 0, dtype=torch.float64, device=left.device)
     floor = 1e-13 * float(left.max()) if n else 0.0
     while factor.shape[1] < min(rank, n):
         weights = torch.where(left > floor, left, 0.0)
@@ -57,7 +57,9 @@ def random_pivoted_cholesky(
         if candidates == 0:
             break
         count = min(block, rank - factor.shape[1], candidates)
-        pivots = torch.multinomial(weights, count, replacement=False, generator=generator)
+        # Drawn on the CPU, so that the pivots are the same on every device.
+        drawn = torch.multinomial(weights.cpu(), count, replacement=False, generator=generator)
+        pivots = drawn.to(left.device)
         columns = operator.columns(pivots).double() - factor @ factor[pivots].T
         values, vectors = torch.linalg.eigh(columns[pivots])
         keep = values > 1e-10 * values[-1].clamp_min(floor)

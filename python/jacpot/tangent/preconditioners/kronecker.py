@@ -36,7 +36,7 @@ class Kronecker(Preconditioner):
         parts = [_inverse(block, damping) for block in operator.jacobian.blocks]
         factored = sum(isinstance(part, _Layer) for part in parts)
         text = f"kronecker({factored} of {len(parts)} blocks)"
-        return Prepared(_BlockDiagonal(parts, operator.jacobian.sizes, operator.dtype), text)
+        return Prepared(_BlockDiagonal(parts, operator), text)
 
 
 class _Layer:
@@ -83,11 +83,9 @@ def _inverse(block: Block, damping: float) -> _Layer | _Diagonal:
 
 
 class _BlockDiagonal(LinearOperator):
-    def __init__(
-        self, parts: list[_Layer | _Diagonal], sizes: list[int], dtype: torch.dtype
-    ) -> None:
-        self.parts, self.sizes = parts, sizes
-        self.shape, self.dtype = (sum(sizes), sum(sizes)), dtype
+    def __init__(self, parts: list[_Layer | _Diagonal], matrix: GaussNewtonOperator) -> None:
+        self.parts, self.sizes = parts, matrix.jacobian.sizes
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
 
     def _matmat(self, x: Tensor) -> Tensor:
         pieces = torch.split(x, self.sizes)

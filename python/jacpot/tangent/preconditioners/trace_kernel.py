@@ -65,7 +65,7 @@ class TraceKernel(Preconditioner):
 
 def _trace(jacobian: JacobianOperator) -> Tensor:
     n = jacobian.n_examples
-    out = torch.empty(n, n, dtype=jacobian.dtype)
+    out = torch.empty(n, n, dtype=jacobian.dtype, device=jacobian.device)
     for begin, end, left in jacobian.slices():
         if end - begin == n:
             return gram(left, outputs="trace")  # type: ignore[no-any-return]
@@ -80,7 +80,7 @@ def _trace(jacobian: JacobianOperator) -> Tensor:
 def _cholesky(kernel: Tensor, weight: float, damping: float) -> Tensor:
     """Factor ``weight·kernel + shift·I``; rounding may need a shift above the damping."""
     # A factor in this dtype is exact for a matrix this far away at best.
-    vector = torch.ones(kernel.shape[0], 1, dtype=kernel.dtype)
+    vector = kernel.new_ones(kernel.shape[0], 1)
     for _ in range(4):
         vector = kernel @ (vector / vector.norm())
     noise = 2 * torch.finfo(kernel.dtype).eps * weight * float(vector.norm())
@@ -99,8 +99,8 @@ def _output_covariance(operator: KernelOperator) -> tuple[Tensor, Tensor]:
     """Eigenvalues, of mean one, and eigenvectors of the outputs' mean covariance in the kernel."""
     k = operator.jacobian.n_outputs
     step = max(1, operator.jacobian.n_examples // 64)
-    examples = torch.arange(0, operator.jacobian.n_examples, step)
-    indices = (examples[:, None] * k + torch.arange(k)).reshape(-1)
+    examples = torch.arange(0, operator.jacobian.n_examples, step, device=operator.device)
+    indices = (examples[:, None] * k + torch.arange(k, device=operator.device)).reshape(-1)
     sample = operator.columns(indices)[indices].reshape(len(examples), k, len(examples), k)
     covariance = sample.sum((0, 2)).double()
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
@@ -115,6 +115,7 @@ class _Separable(LinearOperator):
         self.factors, self.directions, self.k = factors, directions, k
         n = factors[0].shape[0] * k
         self.shape, self.dtype = (n, n), factors[0].dtype
+        self.device = factors[0].device
 
     def _matmat(self, x: Tensor) -> Tensor:
         n, r = self.factors[0].shape[0], x.shape[1]
@@ -134,7 +135,7 @@ class _Separable(LinearOperator):
 class _TwoLevel(LinearOperator):
     def __init__(self, fine: LinearOperator, basis: Tensor, inverse_values: Tensor) -> None:
         self.fine, self.basis, self.inverse_values = fine, basis, inverse_values
-        self.shape, self.dtype = fine.shape, fine.dtype
+        self.shape, self.dtype, self.device = fine.shape, fine.dtype, fine.device
 
     def _matmat(self, x: Tensor) -> Tensor:
         coarse = self.basis.T @ x
