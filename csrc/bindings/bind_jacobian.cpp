@@ -5,8 +5,10 @@
 #include "common/blas.hpp"
 #include "common/parallel.hpp"
 #include "jacobian/gram.hpp"
+#include "jacobian/huge_pages.hpp"
 #include "jacobian/products.hpp"
 #include "jacobian/signs.hpp"
+#include "jacobian/windows.hpp"
 
 namespace jacpot {
 namespace {
@@ -155,12 +157,18 @@ ProductLayer<T> product_layer(const Factors& f, const py::handle& row_offsets,
   layer.groups = f.signals.shape(3);
   layer.outputs = f.signals.shape(4);
   layer.inputs = f.activations.shape(3);
-  std::int64_t step = layer.outputs;
-  for (const int d : {3, 2}) {
-    if (f.signals.shape(d) > 1 && f.signals.stride(d) != step)
-      throw py::value_error("argument 'signals' must be contiguous from its positions on");
-    step *= f.signals.shape(d);
-  }
+  const auto follow = [&](std::initializer_list<int> inner_to_outer) {
+    std::int64_t step = 1;
+    for (const int d : inner_to_outer) {
+      if (f.signals.shape(d) > 1 && f.signals.stride(d) != step) return false;
+      step *= f.signals.shape(d);
+    }
+    return true;
+  };
+  layer.positions_innermost = !follow({4, 3, 2});
+  if (layer.positions_innermost && !follow({2, 4, 3}))
+    throw py::value_error(
+        "argument 'signals' must be contiguous from its positions on, or these be innermost");
   layer.activations = f.activations.contiguous_data<T>();
   layer.signals = static_cast<const T*>(f.signals.data());
   layer.signals_example = f.signals.stride(0);
@@ -179,7 +187,7 @@ ProductLayer<T> product_layer(const Factors& f, const py::handle& row_offsets,
 // out (N, K, R) += J · vᵀ, v (R, P)
 void jvp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle columns, bool bias,
                     bool squared, py::handle v, py::handle out, int threads) {
-  const Factors factors(pair);
+  const Factors factors(pair, true);
   const Array vectors(v, "v"), result(out, "out", Access::write);
   vectors.expect_cpu().expect_like(factors.activations);
   result.expect_cpu().expect_like(factors.activations);
@@ -200,7 +208,7 @@ void jvp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle co
 // out (R, P) = uᵀ · J, u (N, K, R)
 void vjp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle columns, bool bias,
                     bool squared, py::handle u, py::handle out, int threads) {
-  const Factors factors(pair);
+  const Factors factors(pair, true);
   const Array vectors(u, "u"), result(out, "out", Access::write);
   vectors.expect_cpu().expect_like(factors.activations);
   result.expect_cpu().expect_like(factors.activations);
@@ -268,6 +276,40 @@ void random_signs(std::int64_t seed, std::int64_t offset, std::int64_t first, py
   });
 }
 
+// out (N, T, I): x (N, ...) at places (T,) + offsets (I,), counted in an example's elements.
+void gather_windows(py::handle x, py::handle places, py::handle offsets, py::handle out,
+                    int threads) {
+  const Array from(x, "x"), where(places, "places"), inside(offsets, "offsets"),
+      result(out, "out", Access::write);
+  from.expect_cpu().expect_contiguous().expect_like(result);
+  const std::int64_t* at = where.expect_shape({Array::any}).contiguous_data<std::int64_t>();
+  const std::int64_t* in = inside.expect_shape({Array::any}).contiguous_data<std::int64_t>();
+  const std::int64_t n = from.shape(0), t = where.shape(0), i = inside.shape(0);
+  std::int64_t size = 1;
+  for (int d = 1; d < from.ndim(); ++d) size *= from.shape(d);
+  if (t > 0 && i > 0 &&
+      (*std::min_element(at, at + t) + *std::min_element(in, in + i) < 0 ||
+       *std::max_element(at, at + t) + *std::max_element(in, in + i) >= size))
+    throw py::value_error("arguments 'places' and 'offsets' must lie in an example of 'x'");
+  dispatch_float(result, [&]<class T>() {
+    T* to = result.expect_shape({n, t, i}).contiguous_data<T>();
+    const T* data = static_cast<const T*>(from.data());
+    py::gil_scoped_release release;
+    windows<T>(data, n, size, at, t, in, i, to, checked_threads(threads));
+  });
+}
+
+// Asks for huge pages under an array that is about to be written.
+void prefer_huge_pages(py::handle out) {
+  const Array result(out, "out", Access::write);
+  result.expect_cpu().expect_contiguous();
+  dispatch_float(result, [&]<class T>() {
+    std::int64_t size = 1;
+    for (int d = 0; d < result.ndim(); ++d) size *= result.shape(d);
+    advise_huge_pages(result.data(), static_cast<std::size_t>(size) * sizeof(T));
+  });
+}
+
 // out (n, n): the part below the diagonal becomes that above.
 void mirror(py::handle out, int threads) {
   const Array result(out, "out", Access::write);
@@ -303,6 +345,10 @@ void bind_jacobian(py::module_& m) {
         py::arg("threads"), "The product of a layer's transposed Jacobian with vectors.");
   m.def("jacobian_rows", &rows_of_factors, py::arg("factors"), py::arg("out"), py::arg("offset"),
         py::arg("threads"), "Writes the rows of a layer.");
+  m.def("jacobian_windows", &gather_windows, py::arg("x"), py::arg("places"), py::arg("offsets"),
+        py::arg("out"), py::arg("threads"), "Copies what a convolution's kernel is laid on.");
+  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("out"),
+        "Asks for huge pages under an array that is about to be written.");
   m.def("jacobian_signs", &random_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
         py::arg("out"), py::arg("threads"),
         "Random signs that depend on their position and the seed alone.");

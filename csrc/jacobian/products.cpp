@@ -21,11 +21,12 @@ const ProductKernels<double>& kernels(const double*) {
   return active_table(static_cast<const ProductTable*>(nullptr)).f64;
 }
 
-// What V a or Σ_k u_k δ_k of a chunk of examples is, (R, examples, T·G·O).
+// What V a or Σ_k u_k δ_k of a chunk of examples is, (R, examples, T·G·O), and room for it as
+// signals with their positions innermost meet it, (R, examples, G·O·T).
 template <class T>
 struct Between {
   std::int64_t length, examples, stride;  // of one right-hand side
-  Scratch<T> data;
+  Scratch<T> data, turned;
 
   Between(const ProductLayer<T>& l, std::int64_t r)
       : length(l.positions * l.groups * l.outputs),
@@ -33,7 +34,10 @@ struct Between {
             chunk_bytes / std::max<std::int64_t>(1, length * r * std::int64_t{sizeof(T)}),
             std::int64_t{1}, l.n)),
         stride(examples * length),
-        data(allocate_scratch<T>(r * stride)) {}
+        data(allocate_scratch<T>(r * stride)),
+        turned(allocate_scratch<T>(l.positions_innermost ? r * stride : 0)) {}
+
+  bool failed() const { return !data || !turned; }
 };
 
 // A few examples at a time, so that claiming a task costs little.
@@ -52,18 +56,27 @@ void add_bias(const ProductLayer<T>& l, const T* bias, T* z) {
     for (std::int64_t o = 0; o < units; ++o) z[t * units + o] += bias[o];
 }
 
+// to (R, columns, rows) = from (R, rows, columns), right-hand sides `stride` apart.
+template <class T>
+void turn(const ProductKernels<T>& kernel, const T* from, std::int64_t rows, std::int64_t columns,
+          std::int64_t r, std::int64_t stride, T* to) {
+  for (std::int64_t j = 0; j < r; ++j)
+    kernel.pack(from + j * stride, columns, rows, columns, rows, to + j * stride);
+}
+
 // What a worker of a sparse product holds of a few examples: V a or Σ_k u_k δ_k, (R, examples,
 // T·G·O), which stays in its cache, and packed blocks of activations and of that.
 template <class T>
 struct Worker {
-  std::int64_t length, examples, stride, pack_size, size;
+  std::int64_t length, examples, stride, turned_size, pack_size, size;
 
   Worker(const ProductLayer<T>& l, std::int64_t r, std::int64_t block)
       : length(l.positions * l.groups * l.outputs),
         examples(std::max<std::int64_t>(1, block / std::max<std::int64_t>(1, l.positions))),
         stride(examples * length),
+        turned_size(l.positions_innermost ? r * stride : 0),
         pack_size((l.inputs + l.outputs) * block),
-        size((r * stride + pack_size + 63) / 64 * 64) {}
+        size((r * stride + turned_size + pack_size + 63) / 64 * 64) {}
 };
 
 template <class T>
@@ -77,7 +90,8 @@ Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, 
   std::atomic<std::int64_t> next{0};
   parallel_for(threads, threads, [&](std::int64_t worker) {
     T* z = memory.get() + worker * held.size;
-    T* x = z + r * held.stride;
+    T* turned = z + r * held.stride;
+    T* x = turned + held.turned_size;
     for (std::int64_t first;
          (first = next.fetch_add(held.examples, std::memory_order_relaxed)) < l.n;) {
       const std::int64_t examples = std::min(held.examples, l.n - first);
@@ -96,6 +110,10 @@ Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, 
         T* own = z + i * held.length;
         for (std::int64_t j = 0; l.bias && j < r; ++j)
           add_bias(l, v + j * parameters + l.weights(), own + j * held.stride);
+        if (l.positions_innermost) {
+          turn(kernel, own, l.positions, units, r, held.stride, turned);
+          own = turned;
+        }
         kernel.dot(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, held.length,
                    own, r, held.stride, l.squared, out + (first + i) * l.k * r);
       }
@@ -117,7 +135,8 @@ Status sparse_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, 
   const std::int64_t each = (l.n + threads - 1) / threads;
   parallel_for(threads, threads, [&](std::int64_t worker) {
     T* w = memory.get() + worker * held.size;
-    T* x = w + r * held.stride;
+    T* turned = w + r * held.stride;
+    T* x = turned + held.turned_size;
     T* w_packed = x + l.inputs * block;
     T* sums = partial.get() + worker * r * parameters;
     std::fill_n(sums, r * parameters, T(0));
@@ -126,10 +145,13 @@ Status sparse_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, 
       const std::int64_t examples = std::min(held.examples, end - first);
       const std::int64_t rows = examples * l.positions;
       const T* from = l.activations + first * l.positions * width;
-      for (std::int64_t i = 0; i < examples; ++i)
+      for (std::int64_t i = 0; i < examples; ++i) {
+        T* own = w + i * held.length;
         kernel.combine(l.signals + (first + i) * l.signals_example, l.k, l.signals_output,
                        held.length, u + (first + i) * l.k * r, r, held.stride, l.squared,
-                       w + i * held.length);
+                       l.positions_innermost ? turned : own);
+        if (l.positions_innermost) turn(kernel, turned, units, l.positions, r, held.stride, own);
+      }
       for (std::int64_t g = 0; g < l.groups; ++g)
         for (std::int64_t row = 0; row < rows; row += block) {
           const std::int64_t count = std::min(block, rows - row);
@@ -160,7 +182,7 @@ Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, i
   const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
                      parameters = l.parameters();
   Between<T> z(l, r);
-  if (!z.data) return no_memory;
+  if (z.failed()) return no_memory;
   for (std::int64_t first = 0; first < l.n; first += z.examples) {
     const std::int64_t examples = std::min(z.examples, l.n - first), rows = examples * l.positions;
     const T* x = l.activations + first * l.positions * width;
@@ -176,6 +198,11 @@ Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, i
       T* own = z.data.get() + i * z.length;
       for (std::int64_t j = 0; l.bias && j < r; ++j)
         add_bias(l, v + j * parameters + l.weights(), own + j * z.stride);
+      if (l.positions_innermost) {
+        T* turned = z.turned.get() + i * z.length;
+        turn(kernel, own, l.positions, units, r, z.stride, turned);
+        own = turned;
+      }
       kernel.dot(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, z.length, own,
                  r, z.stride, l.squared, out + (first + i) * l.k * r);
     });
@@ -189,15 +216,18 @@ Status dense_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, i
   const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
                      parameters = l.parameters();
   Between<T> w(l, r);
-  if (!w.data) return no_memory;
+  if (w.failed()) return no_memory;
   std::fill_n(out, r * parameters, T(0));
   for (std::int64_t first = 0; first < l.n; first += w.examples) {
     const std::int64_t examples = std::min(w.examples, l.n - first), rows = examples * l.positions;
     const T* x = l.activations + first * l.positions * width;
     for_examples(threads, examples, l.k * w.length, [&](std::int64_t i) {
+      T* own = w.data.get() + i * w.length;
+      T* turned = w.turned.get() + i * w.length;
       kernel.combine(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, w.length,
                      u + (first + i) * l.k * r, r, w.stride, l.squared,
-                     w.data.get() + i * w.length);
+                     l.positions_innermost ? turned : own);
+      if (l.positions_innermost) turn(kernel, turned, units, l.positions, r, w.stride, own);
     });
     for (std::int64_t g = 0; g < l.groups; ++g)
       for (std::int64_t j = 0; j < r; ++j) {

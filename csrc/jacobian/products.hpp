@@ -19,6 +19,7 @@ struct ProductLayer {
   const T* activations;  // (N, T, G, I), contiguous
   const T* signals;      // (N, K, T, G, O), strides of examples and outputs free
   std::int64_t signals_example, signals_output;
+  bool positions_innermost;  // signals are (N, K, G, O, T) instead, as convolutions give them
   const std::int64_t* row_offsets;  // kept weights of the G·O rows, or null for all
   const std::int32_t* columns;
   bool bias;

@@ -20,7 +20,9 @@ except ImportError as error:  # pragma: no cover - a broken installation
         f"source folder. The loader said: {error}"
     ) from error
 
-__all__ = ["build_info", "core", "cuda", "isa", "on_cuda", "queue", "threads"]
+__all__ = ["build_info", "core", "cuda", "empty", "isa", "on_cuda", "queue", "threads"]
+
+LARGE_BYTES = 4 << 20  # from where on the system's small pages cost more than writing to them
 
 
 def threads() -> int:
@@ -54,6 +56,14 @@ def queue(tensor: torch.Tensor) -> tuple[int, int]:
     """Number of a CUDA tensor's device, and the caller's current stream on it as an integer."""
     stream = torch.cuda.current_stream(tensor.device)
     return stream.device_index, stream.cuda_stream
+
+
+def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Give an uninitialised tensor that is about to be written, on huge pages where it is large."""
+    tensor = like.new_empty(shape)
+    if tensor.nbytes > LARGE_BYTES and not tensor.is_cuda:
+        core.prefer_huge_pages(tensor)
+    return tensor
 
 
 @contextmanager

@@ -27,11 +27,13 @@ __all__: list[str] = [
     "jacobian_rows",
     "jacobian_signs",
     "jacobian_vjp",
+    "jacobian_windows",
     "krylov_solve",
     "masked_conv2d",
     "masked_conv2d_backward",
     "masked_matmul",
     "masked_matmul_backward",
+    "prefer_huge_pages",
     "set_blas_fallback",
     "subset_sum",
     "subset_sum_max_samples",
@@ -178,6 +180,17 @@ def jacobian_vjp(
     The product of a layer's transposed Jacobian with vectors.
     """
 
+def jacobian_windows(
+    x: typing.Any,
+    places: typing.Any,
+    offsets: typing.Any,
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Copies what a convolution's kernel is laid on.
+    """
+
 def krylov_solve(
     method: str,
     operator: Operator,
@@ -240,6 +253,11 @@ def masked_matmul_backward(
     d_values: typing.Any,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def prefer_huge_pages(out: typing.Any) -> None:
+    """
+    Asks for huge pages under an array that is about to be written.
+    """
+
 def set_blas_fallback(
     sgemm: typing_extensions.CapsuleType, dgemm: typing_extensions.CapsuleType
 ) -> None:

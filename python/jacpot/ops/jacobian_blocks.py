@@ -169,13 +169,14 @@ class Factors:
 
     @cached_property
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Both factors as the kernels read them; a copy is made of what is laid out otherwise.
+        """Both factors as the products read them; a copy is made of what is laid out otherwise.
 
-        Activations are contiguous; signals are so from their positions on, and may be expanded.
+        Activations are contiguous; signals are so from their positions on, or have these innermost
+        as convolutions give them, and may be expanded.
         """
-        a, s = self.strided
-        a = a.contiguous()
-        dense = s.numel() == 0 or s[0, 0].is_contiguous()
+        a, s = self.activations.contiguous(), self.signals
+        one = s[0, 0] if s.shape[0] and s.shape[1] else s
+        dense = s.numel() == 0 or one.is_contiguous() or one.permute(1, 2, 0).is_contiguous()
         return a, s if dense else s.contiguous()
 
     @cached_property

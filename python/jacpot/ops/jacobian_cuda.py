@@ -23,6 +23,7 @@ __all__ = [
     "jacobian_rows",
     "jacobian_signs",
     "jacobian_vjp",
+    "jacobian_windows",
 ]
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # activations (N, T, G, I), signals (N, K, T, G, O)
@@ -89,6 +90,14 @@ def jacobian_rows(factors: Pair, out: Tensor, offset: int, threads: int) -> None
     for group in range(g):
         left = s[:, :, :, group].transpose(2, 3).reshape(n, k * o, t)
         view[:, :, group] = torch.bmm(left, a[:, :, group]).view(n, k, o, i)
+
+
+def jacobian_windows(
+    x: Tensor, places: Tensor, offsets: Tensor, out: Tensor, threads: int
+) -> None:
+    """Write ``out (N, T, I)``, the elements of each example at places (T,) + offsets (I,)."""
+    index = (places[:, None] + offsets).flatten()
+    torch.index_select(x.flatten(1), 1, index, out=out.flatten(1))
 
 
 def _chunks(n: int, bytes_of_one: int) -> list[slice]:

@@ -167,11 +167,16 @@ def _joined(found: Sequence[Term]) -> Outer | None:
     first = weights[0]
     if any((w.shape, w.transposed) != (first.shape, first.transposed) for w in weights):
         return None
-    return Outer(
-        _contiguous([w.activations for w in weights], 1),
-        _contiguous([w.signals for w in weights], 2),
-        first.transposed,
-    )
+    activations = _contiguous([w.activations for w in weights], 1)
+    if len(weights) == 1 and _positions_innermost(first.signals):
+        return Outer(activations, first.signals, first.transposed)
+    return Outer(activations, _contiguous([w.signals for w in weights], 2), first.transposed)
+
+
+def _positions_innermost(signals: Tensor) -> bool:
+    """Whether ``(N, K, T, G, O)`` lie as convolutions give them, which every kernel takes."""
+    laid_so = signals.stride(2) == 1 and signals.permute(0, 1, 3, 4, 2).is_contiguous()
+    return laid_so and signals.numel() > 0  # without elements, strides mean nothing
 
 
 def _contiguous(parts: Sequence[Tensor], axis: int) -> Tensor:

@@ -38,6 +38,10 @@ from jacpot.tangent.rules.terms import Fold
 
 __all__ = ["Captured", "capture"]
 
+# Signals up to this size go back through the network as one batch. Larger ones leave the cache on
+# their way, and every operation pays for fresh memory: then one output after the other is faster.
+TOGETHER_BYTES = 16 << 20
+
 _announced: set[str] = set()
 
 
@@ -153,7 +157,7 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
         leaf.requires_grad_()
     outputs = recorder.run(x, targets, leaves)
     edges = [call.edge for call in recorder.calls]
-    found = signals(outputs, [*edges, *leaves.values()], _cotangents(outputs))
+    found = _signals(outputs, [*edges, *leaves.values()], probed)
     seen = []
     for i, (call, signal) in enumerate(zip(recorder.calls, found, strict=False)):
         axes = probed.axes[i] if i < len(probed.axes) else {}
@@ -216,7 +220,7 @@ def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Capture
         return f[0], mapped
 
     outputs, mapped = torch.func.vmap(one)(tensors(x), tensors(targets), taps, copies)
-    found = signals(outputs, [*taps, *copies.values()], _cotangents(outputs))
+    found = _signals(outputs, [*taps, *copies.values()], probed)
     seen = []
     for call, given, signal in zip(calls, mapped, found, strict=False):
         if len(call.shape) > 1:  # a leading axis of the call's own becomes one of instances
@@ -226,11 +230,12 @@ def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Capture
     return _finish(outputs, seen, dict(zip(copies, found[len(taps) :], strict=True)), Fold(n, n))
 
 
-def _cotangents(outputs: Tensor) -> Tensor:
-    """One batch of cotangents for each output, ``(K, N, K)``."""
+def _signals(outputs: Tensor, sources: Sequence[Any], probed: Probe) -> Sequence[Tensor | None]:
+    """Derivatives ``(K, *source)`` of every output: in one batch where that stays in cache."""
     n, k = outputs.shape
     eye = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
-    return eye[:, None].expand(k, n, k)
+    together = k > 1 and n * k * probed.bytes_per_example <= TOGETHER_BYTES
+    return signals(outputs, sources, eye[:, None].expand(k, n, k), together or outputs.is_cuda)
 
 
 @torch.no_grad()

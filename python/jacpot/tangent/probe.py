@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from jacpot._backend import empty
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, take, tensors
 from jacpot.tangent.recorder import Recorder
 
@@ -47,13 +48,18 @@ class Probe:
         return not self.uncovered and all(self.axes)
 
 
-def signals(outputs: Tensor, sources: Sequence[Any], cotangents: Tensor) -> Sequence[Tensor | None]:
+def signals(
+    outputs: Tensor, sources: Sequence[Any], cotangents: Tensor, together: bool = True
+) -> Sequence[Tensor | None]:
     """Pass ``(B, N, K)`` cotangents back to tensors or edges of the graph.
 
-    Gives ``(B, *source)`` for each, None where nothing leads.
+    Gives ``(B, *source)`` for each, None where nothing leads. All cotangents go back ``together``
+    or, which needs less memory on the way, one after the other.
     """
     if not sources or not outputs.requires_grad:
         return [None] * len(sources)
+    if not together:
+        return _one_by_one(outputs, sources, cotangents)
     try:
         with warnings.catch_warnings():
             # what torch warns of here, derivatives taken one after the other, is exact as well
@@ -65,11 +71,30 @@ def signals(outputs: Tensor, sources: Sequence[Any], cotangents: Tensor) -> Sequ
     except RuntimeError as error:
         if not cannot_map(error):
             raise
-    each = [
-        torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
-        for one in cotangents
-    ]
-    return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
+    return _one_by_one(outputs, sources, cotangents)
+
+
+def _one_by_one(
+    outputs: Tensor, sources: Sequence[Any], cotangents: Tensor
+) -> Sequence[Tensor | None]:
+    """Give ``(B, *source)`` for each source, in memory that has ``source[0]`` before B."""
+    b = len(cotangents)
+    found: list[Tensor | None] = [None] * len(sources)
+    for i, one in enumerate(cotangents):
+        gradients = torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
+        for j, gradient in enumerate(gradients):
+            room = found[j]
+            if room is None and gradient is not None:
+                if b == 1:
+                    found[j] = gradient.unsqueeze(0)
+                    continue
+                ahead = gradient.shape[:1]
+                room = empty((*ahead, b, *gradient.shape[1:]), gradient).movedim(len(ahead), 0)
+                found[j] = room
+                room[:i] = 0
+            if room is not None:
+                room[i] = 0 if gradient is None else gradient
+    return found
 
 
 def cannot_map(error: RuntimeError) -> bool:
@@ -103,7 +128,7 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
         If an example's output depends on the other examples, or on chance.
     """
     n = n_examples(x)
-    size = 4 if n == 3 else 3  # not n, so that axes that count examples differ from the real run
+    size = 5 if n == 4 else 4  # not n, so that axes that count examples differ from the real run
     leaves = {name: value.detach().requires_grad_() for name, value in network.parameters.items()}
 
     def batch(rows: list[int]) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jacpot.ops.jacobian_windows import windows
 from jacpot.tangent.rules.registry import register_layer_rule
 from jacpot.tangent.rules.terms import Outer, Rows, Summed, Term
 
@@ -19,7 +20,7 @@ def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     return value * dims if len(value) == 1 else value
 
 
-def windows(
+def views(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
     """Every window that a kernel is laid on, as a view: ``(B, C, *places, *kernel)``."""
@@ -65,11 +66,10 @@ def convolution(
         pads = [(p, p) for p in _each(0 if padding == "valid" else padding, dims)]  # type: ignore[arg-type]
     if any(p for pair in pads for p in pair):
         input = F.pad(input, [p for pair in reversed(pads) for p in pair])
-    view = windows(input, kernel, _each(stride, dims), dilation)
+    x = windows(input, kernel, _each(stride, dims), dilation)  # (M, T, C·kernel)
     m, k = signals.shape[:2]
-    t, inner = math.prod(view.shape[2 : 2 + dims]), weight[0].numel()
-    # (M, C, *places, *kernel) -> (M, *places, C, *kernel) -> (M, T, G, C/G·kernel)
-    a = view.movedim(1, 1 + dims).reshape(m, t, groups, inner)
+    t = x.shape[1]
+    a = x.view(m, t, groups, weight[0].numel())
     delta = signals.reshape(m, k, groups, -1, t).movedim(4, 2)
     return {"weight": Outer(a, delta), "bias": Summed(delta)}
 
@@ -95,7 +95,7 @@ def transposed_convolution(
     padded = F.pad(
         signals.flatten(0, 1), [p for pad, extra in reversed([*pads]) for p in (pad, pad - extra)]
     )
-    view = windows(padded, kernel, _each(stride, dims), _each(dilation, dims))
+    view = views(padded, kernel, _each(stride, dims), _each(dilation, dims))
     for axis, size in enumerate(input.shape[2:], 2):  # output_padding may leave room for more
         view = view.narrow(axis, 0, size)
     m, k = signals.shape[:2]
