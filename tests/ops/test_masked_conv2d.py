@@ -67,6 +67,51 @@ def test_differentiates_twice():
     assert torch.autograd.gradgradcheck(f, arguments)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
+@pytest.mark.parametrize("relu", [False, True])
+def test_forward_mode(relu):
+    window, pattern, *arguments = small()
+
+    def f(x, values, bias):
+        return masked_conv2d(x, values, pattern, window, bias, relu=relu, method="sparse")
+
+    assert torch.autograd.gradcheck(f, tuple(arguments), check_forward_ad=True)
+
+
+def test_vmap():
+    window, pattern, x, values, bias = (a.detach() if torch.is_tensor(a) else a for a in small())
+
+    def f(x, values, bias):
+        return masked_conv2d(x, values, pattern, window, bias, method="sparse")
+
+    many = torch.randn(4, *x.shape, dtype=x.dtype)
+    expected = torch.stack([f(one, values, bias) for one in many])
+    torch.testing.assert_close(torch.vmap(f, (0, None, None))(many, values, bias), expected)
+    other = torch.randn(4, pattern.nnz, dtype=x.dtype)
+    expected = torch.stack([f(x, one, bias) for one in other])
+    torch.testing.assert_close(torch.vmap(f, (None, 0, None))(x, other, bias), expected)
+    # Gradients per example, by torch.func.
+    per_example = torch.vmap(
+        torch.func.grad(lambda v, one: f(one[None], v, bias).square().sum()), (None, 0)
+    )(values, x)
+    for i, one in enumerate(x):
+        v = values.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(f(one[None], v, bias).square().sum(), v)
+        torch.testing.assert_close(per_example[i], gradient)
+
+
+@pytest.mark.parametrize("method", ["sparse", "dense"])
+def test_bfloat16_sums_in_float32(method):
+    window, pattern, *arguments = small()
+    narrow = [a.detach().bfloat16() for a in arguments]
+    x, values, bias = narrow
+    y = masked_conv2d(x, values, pattern, window, bias, method=method)
+    wide = masked_conv2d(x.float(), values.float(), pattern, window, bias.float())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, wide.bfloat16()) or method == "dense"
+    torch.testing.assert_close(y, wide.bfloat16())
+
+
 def test_operators_are_well_formed():
     window, pattern, x, values, bias = small()
     ops, pairs = torch.ops.jacpot, window.pairs()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from jacpot import _backend
+from jacpot.ops.masked_conv2d_operators import multiply
 from jacpot.ops.masked_matmul import expand_block, product
 from jacpot.ops.pattern import Pattern
 
@@ -85,154 +85,6 @@ def window_of(
     return Window(per_group * groups, groups, (height, width), *pairs)
 
 
-# Untyped in PyTorch.
-_Library: Any = torch.library.Library
-_library = _Library("jacpot", "FRAGMENT")
-_library.define(
-    "masked_conv2d(Tensor x, Tensor values, Tensor? bias, Tensor pattern, int out_channels, "
-    "int[] window, bool relu) -> Tensor"
-)
-_library.define(
-    "masked_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor pattern, int[] window, "
-    "bool want_x, bool want_values) -> (Tensor, Tensor)"
-)
-_ops: Any = torch.ops.jacpot
-
-
-def _output(x: Tensor, out_channels: int, window: list[int]) -> Tensor:
-    size, stride, padding, dilation = (window[i : i + 2] for i in range(0, 8, 2))
-    lengths = [
-        (x.shape[a + 2] + 2 * padding[a] - dilation[a] * (size[a] - 1) - 1) // stride[a] + 1
-        for a in (0, 1)
-    ]
-    return x.new_empty((x.shape[0], out_channels, *lengths))
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    pattern: Tensor,
-    window: list[int],
-    want_x: bool,
-    want_values: bool,
-) -> tuple[Tensor, Tensor]:
-    # An output that is not wanted is empty: an operator has a fixed number of them.
-    dx = x.new_empty(x.shape) if want_x else x.new_empty(0)
-    return dx, values.new_empty(values.shape) if want_values else values.new_empty(0)
-
-
-def _forward_cpu(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    pattern: Tensor,
-    out_channels: int,
-    window: list[int],
-    relu: bool,
-) -> Tensor:
-    y = _output(x, out_channels, window)
-    _backend.core.masked_conv2d(
-        pattern,
-        values.detach(),
-        None if bias is None else bias.detach(),
-        relu,
-        x.detach(),
-        y,
-        [window[i : i + 2] for i in range(0, 8, 2)],
-        _backend.threads(),
-    )
-    return y
-
-
-def _backward_cpu(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    pattern: Tensor,
-    window: list[int],
-    want_x: bool,
-    want_values: bool,
-) -> tuple[Tensor, Tensor]:
-    dx, d_values = _gradients(dy, x, values, pattern, window, want_x, want_values)
-    _backend.core.masked_conv2d_backward(
-        pattern,
-        values.detach(),
-        x.detach(),
-        dy.detach(),
-        dx if want_x else None,
-        d_values if want_values else None,
-        [window[i : i + 2] for i in range(0, 8, 2)],
-        _backend.threads(),
-    )
-    return dx, d_values
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bias, pattern, _, window, relu = inputs
-    ctx.save_for_backward(x, values, pattern, output if relu else None)
-    ctx.has_bias, ctx.window = bias is not None, window
-
-
-def _forward_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, pattern, positive = ctx.saved_tensors
-    if positive is not None:
-        dy = dy * (positive > 0)
-    want_x, want_values, want_bias = ctx.needs_input_grad[:3]
-    dx = d_values = None
-    if want_x or want_values:
-        dx, d_values = _ops.masked_conv2d_backward(
-            dy.contiguous(), x, values, pattern, ctx.window, want_x, want_values
-        )
-    return (
-        dx if want_x else None,
-        d_values if want_values else None,
-        dy.sum((0, 2, 3)) if ctx.has_bias and want_bias else None,
-        *(None,) * 4,
-    )
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dy, x, values, pattern, window, want_x, want_values = inputs
-    ctx.save_for_backward(dy, x, values, pattern)
-    ctx.window, ctx.wanted = window, (want_x, want_values)
-
-
-def _backward_gradient(ctx: Any, gx: Tensor, gv: Tensor) -> tuple[Tensor | None, ...]:
-    # The convolution is linear in x and in the values, and so are its gradients.
-    dy, x, values, pattern = ctx.saved_tensors
-    has_gx, has_gv = ctx.wanted
-    need_dy, need_x, need_values = ctx.needs_input_grad[:3]
-    gx, gv, out, window = gx.contiguous(), gv.contiguous(), dy.shape[1], ctx.window
-    d_dy = d_x = d_values = None
-    if need_dy and has_gx:
-        d_dy = _ops.masked_conv2d(gx, values, None, pattern, out, window, False)
-    if need_dy and has_gv:
-        other = _ops.masked_conv2d(x, gv, None, pattern, out, window, False)
-        d_dy = other if d_dy is None else d_dy + other
-    if need_x and has_gv:
-        d_x, _ = _ops.masked_conv2d_backward(dy, x, gv, pattern, window, True, False)
-    if need_values and has_gx:
-        _, d_values = _ops.masked_conv2d_backward(dy, gx, values, pattern, window, False, True)
-    return d_dy, d_x, d_values, *(None,) * 4
-
-
-_library.impl("masked_conv2d", _forward_cpu, "CPU")
-_library.impl("masked_conv2d_backward", _backward_cpu, "CPU")
-torch.library.register_fake(
-    "jacpot::masked_conv2d",
-    lambda x, values, bias, pattern, out_channels, window, relu: _output(x, out_channels, window),
-    lib=_library,
-)
-torch.library.register_fake("jacpot::masked_conv2d_backward", _gradients, lib=_library)
-torch.library.register_autograd(
-    "jacpot::masked_conv2d", _forward_gradient, setup_context=_save_forward, lib=_library
-)
-torch.library.register_autograd(
-    "jacpot::masked_conv2d_backward", _backward_gradient, setup_context=_save_backward, lib=_library
-)
-
-
 def dense_is_faster(shape: tuple[int, int], nnz: int, window: Window) -> bool:
     """Whether a dense convolution with the expanded weight is expected to take less time."""
     return nnz * window.groups > 0.25 * shape[0] * shape[1]
@@ -261,6 +113,21 @@ def convolve(
         raise ValueError(
             f"argument 'x' is smaller than the kernel: {tuple(x.shape)} for {window.size}"
         )
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # Sums are taken in float32.
+        wide_bias = None if bias is None else bias.float()
+        y = convolve(
+            x.float(),
+            values.float(),
+            block,
+            shape,
+            nnz,
+            wide_bias,
+            window,
+            relu=relu,
+            method=method,
+        )
+        return y.to(torch.bfloat16)
     if method == "dense" or (method == "auto" and dense_is_faster(shape, nnz, window)):
         weight = window.unflatten(expand_block(values, block, shape))
         y = torch.nn.functional.conv2d(
@@ -268,10 +135,7 @@ def convolve(
         )
         return torch.relu(y) if relu else y
     if x.device.type == "cpu":
-        result: Tensor = _ops.masked_conv2d(
-            x.contiguous(), values.contiguous(), bias, block, shape[0], window.pairs(), relu
-        )
-        return result
+        return multiply(x, values, bias, block, shape[0], window.pairs(), relu)
     patches = torch.nn.functional.unfold(
         x, window.size, window.dilation, window.padding, window.stride
     )
@@ -298,7 +162,7 @@ def masked_conv2d(
     Parameters
     ----------
     x
-        ``(N, in, height, width)``.
+        ``(N, in, height, width)``, float32, float64 or bfloat16 (summed in float32).
     values
         ``(nnz,)``: kept entries of the weight ``(out, in / groups, h, w)`` in row order.
     pattern

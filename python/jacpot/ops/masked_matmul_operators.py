@@ -11,7 +11,7 @@ from torch import Tensor
 import jacpot.ops.masked_matmul_cuda  # noqa: F401 - registers the CUDA side of the operators
 from jacpot import _backend
 
-__all__ = ["multiply", "ops"]
+__all__ = ["is_transformed", "multiply", "ops", "vmap_by_one"]
 
 # Untyped in PyTorch.
 _Library: Any = torch.library.Library
@@ -139,7 +139,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(
     dy: Tensor, x: Tensor, values: Tensor, pattern: Tensor, want_x: bool, want_values: bool
 ) -> Any:
-    if _is_transformed():
+    if is_transformed():
         run: Any = _GradientsTransformed.apply
     elif torch.is_grad_enabled() or _needs_operators(dy):
         run = ops.masked_matmul_backward
@@ -148,7 +148,7 @@ def _gradients(
     return run(dy, x, values, pattern, want_x, want_values)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether `torch.func` is at work, which takes functions but not operators all the way."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -241,12 +241,12 @@ for _name, _gradient, _save in (
     )
 
 
-def _vmap_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+def vmap_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     """Batch an operator by calling it for each entry in turn."""
     results = []
     for i in range(info.batch_size):
         pick = [
-            a if d is None else a.select(d, i).contiguous()
+            a.select(d, i).contiguous() if isinstance(d, int) else a
             for a, d in zip(args, in_dims, strict=True)
         ]
         results.append(operator(*pick))
@@ -258,7 +258,7 @@ def _vmap_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _vmap_forward(info: Any, in_dims: Any, x: Tensor, *args: Any) -> Any:
     if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
-        return _vmap_by_one(ops.masked_matmul, info, in_dims, x, *args)
+        return vmap_by_one(ops.masked_matmul, info, in_dims, x, *args)
     x = x.movedim(in_dims[0], 0)
     y = ops.masked_matmul(x.reshape(-1, x.shape[-1]), *args)
     return y.reshape(*x.shape[:-1], y.shape[-1]), 0
@@ -267,7 +267,7 @@ def _vmap_forward(info: Any, in_dims: Any, x: Tensor, *args: Any) -> Any:
 torch.library.register_vmap("jacpot::masked_matmul", _vmap_forward, lib=_library)
 for _name in ("masked_matmul_backward", "compress", "expand"):
     torch.library.register_vmap(
-        f"jacpot::{_name}", partial(_vmap_by_one, getattr(ops, _name)), lib=_library
+        f"jacpot::{_name}", partial(vmap_by_one, getattr(ops, _name)), lib=_library
     )
 
 
@@ -353,7 +353,7 @@ def multiply(
     """Call the operator by the shortest way that keeps what is at work around it informed."""
     arguments = (x, values.contiguous(), bias, block, out_features, relu, feature_major)
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if _is_transformed() or (forward_mode and not torch.compiler.is_compiling()):
+    if is_transformed() or (forward_mode and not torch.compiler.is_compiling()):
         return _MultiplyTransformed.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     if _needs_operators(x):
         result: Tensor = ops.masked_matmul(*arguments)
