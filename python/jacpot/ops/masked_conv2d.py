@@ -86,8 +86,11 @@ def window_of(
 
 
 def dense_is_faster(shape: tuple[int, int], nnz: int, window: Window) -> bool:
-    """Whether a dense convolution with the expanded weight is expected to take less time."""
-    return nnz * window.groups > 0.25 * shape[0] * shape[1]
+    """Whether a dense convolution with the expanded weight is expected to take less time.
+
+    Measured: 3x3 kernels still win by a tenth at half the weights.
+    """
+    return nnz * window.groups > 0.55 * shape[0] * shape[1]
 
 
 def convolve(
