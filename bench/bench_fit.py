@@ -123,6 +123,7 @@ def run(case: Case, preconditioner: Any, patience: float) -> dict[str, Any]:
         "seconds": seconds,
         "setup_seconds": fit.setup_seconds,
         "iterations": fit.iterations,
+        "products": fit.details["products"],
         "status": fit.status.value,
         "residual": true_residual(fit.details["dual"]),
         "preconditioner": fit.preconditioner,

@@ -92,9 +92,7 @@ def jacobian_rows(factors: Pair, out: Tensor, offset: int, threads: int) -> None
         view[:, :, group] = torch.bmm(left, a[:, :, group]).view(n, k, o, i)
 
 
-def jacobian_windows(
-    x: Tensor, places: Tensor, offsets: Tensor, out: Tensor, threads: int
-) -> None:
+def jacobian_windows(x: Tensor, places: Tensor, offsets: Tensor, out: Tensor, threads: int) -> None:
     """Write ``out (N, T, I)``, the elements of each example at places (T,) + offsets (I,)."""
     index = (places[:, None] + offsets).flatten()
     torch.index_select(x.flatten(1), 1, index, out=out.flatten(1))

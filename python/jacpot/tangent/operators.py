@@ -27,7 +27,9 @@ from jacpot.ops.jacobian import (
 
 __all__ = ["GaussNewtonOperator", "JacobianOperator", "KernelOperator"]
 
-SLICE_BYTES = 256 << 20  # of float64 factors held at once
+SLICE_BYTES = 16 << 20  # of float64 factors made at once: they are used while in cache
+WHOLE_BYTES = 256 << 20  # of float64 factors for a symmetric Gram matrix, which takes them all
+COLUMN_CHUNK = 1 << 19  # elements of columns that are computed while they are in cache
 
 
 def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
@@ -39,6 +41,11 @@ def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
             signals=block.signals[examples].to(dtype),
         )
     return dataclasses.replace(block, rows=block.rows[examples].to(dtype))
+
+
+def _is_plain(block: Factors) -> bool:
+    """Tell whether a column is the product of one element of ``a aᵀ`` and one of ``δ δᵀ``."""
+    return block.pattern is None and block.n_positions == 1 and block.shape[0] == 1
 
 
 def mixed_blocks(blocks: Sequence[Block], matrix: Tensor) -> list[Block]:
@@ -99,8 +106,11 @@ class JacobianOperator(LinearOperator):
         """J with the rows of each example times its weight (N,)."""
         return self.mixed(torch.diag_embed(weights[:, None].expand(-1, self.n_outputs)))
 
-    def slices(self) -> Iterator[tuple[int, int, list[Block]]]:
-        """Give the examples in slices, ``(begin, end, blocks)``, in this operator's dtype."""
+    def slices(self, limit: int | None = None) -> Iterator[tuple[int, int, list[Block]]]:
+        """Give the examples in slices, ``(begin, end, blocks)``, in this operator's dtype.
+
+        Where they are copies, a slice is at most ``limit`` bytes, by default `SLICE_BYTES`.
+        """
         if self.dtype == self.own_dtype:
             yield 0, self.n_examples, self.blocks
             return
@@ -110,7 +120,7 @@ class JacobianOperator(LinearOperator):
             else block.rows[:1].numel()
             for block in self.blocks
         )
-        step = max(1, SLICE_BYTES // (8 * max(1, per_example)))
+        step = max(1, (limit or SLICE_BYTES) // (8 * max(1, per_example)))
         for begin in range(0, max(1, self.n_examples), step):  # no examples are a slice, too
             end = min(begin + step, self.n_examples)
             yield begin, end, [_at(block, slice(begin, end), self.dtype) for block in self.blocks]
@@ -172,7 +182,9 @@ class KernelOperator(LinearOperator):
         self.jacobian = jacobian
         self.shape = (jacobian.shape[0], jacobian.shape[0])
         self.dtype, self.device = jacobian.dtype, jacobian.device
-        self.column_group = max(1, jacobian.n_outputs)  # all outputs of an example at once
+        # Layers with positions or masks give the columns of all outputs of an example at once.
+        single = all(isinstance(b, Factors) and _is_plain(b) for b in jacobian.blocks)
+        self.column_group = 1 if single else max(1, jacobian.n_outputs)
 
     def _columns(self, indices: Tensor) -> Tensor:
         if not self.jacobian.blocks:
@@ -180,19 +192,44 @@ class KernelOperator(LinearOperator):
             return torch.zeros(self.shape[0], len(indices), **options)
         k = self.jacobian.n_outputs
         examples, inverse = torch.unique(indices // k, return_inverse=True)
+        at = inverse * k + indices % k
+        whole = len(at) == len(examples) * k and bool((at.diff() == 1).all())
+        if self.column_group == 1 and not whole:
+            return self._single_columns(indices)
         chosen = self.jacobian.at(examples)
         parts = []
         for _, _, blocks in self.jacobian.slices():
             parts.append(gram(blocks, chosen))
         columns = torch.cat(parts).reshape(self.shape[0], -1)
-        at = inverse * k + indices % k
-        whole = len(at) == columns.shape[1] and bool((at.diff() == 1).all())
         return columns if whole else columns[:, at]
+
+    def _single_columns(self, indices: Tensor) -> Tensor:
+        """Columns of single outputs, each of a plain example; they lie one after another."""
+        k, r = self.jacobian.n_outputs, len(indices)
+        chosen = []
+        for block in self.jacobian.at(indices // k):
+            assert isinstance(block, Factors)
+            signals = block.signals[torch.arange(r, device=self.device), indices % k].reshape(r, -1)
+            chosen.append((block.activations.reshape(r, -1).T, signals.T))
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        out = torch.empty(r, self.shape[0], **options)
+        step = max(1, COLUMN_CHUNK // max(1, k * r))
+        for begin, end, blocks in self.jacobian.slices():
+            for first in range(0, end - begin, step):
+                last = min(first + step, end - begin)
+                strip = torch.zeros(last - first, k, r, **options)
+                for block, (inputs, outputs) in zip(blocks, chosen, strict=True):
+                    assert isinstance(block, Factors)
+                    a = block.activations[first:last].reshape(last - first, -1) @ inputs
+                    s = block.signals[first:last].reshape((last - first) * k, -1) @ outputs
+                    strip.addcmul_(s.view(strip.shape), (a + int(block.bias))[:, None, :])
+                out[:, (begin + first) * k : (begin + last) * k] = strip.view(-1, r).T
+        return out.T
 
     def _dense(self) -> Tensor:
         if not self.jacobian.blocks or 0 in self.shape:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        _, end, blocks = next(self.jacobian.slices())
+        _, end, blocks = next(self.jacobian.slices(WHOLE_BYTES))
         if end < self.jacobian.n_examples:
             return self._columns(torch.arange(self.shape[0], device=self.device))
         full: Tensor = gram(blocks)  # symmetric: half of it is computed

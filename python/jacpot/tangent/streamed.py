@@ -51,7 +51,7 @@ class StreamedJacobian(JacobianOperator):
             blocks = mixed_blocks(blocks, self.mix[examples])
         return [_at(block, slice(None), self.dtype) for block in blocks]
 
-    def slices(self) -> Iterator[tuple[int, int, list[Block]]]:
+    def slices(self, limit: int | None = None) -> Iterator[tuple[int, int, list[Block]]]:
         """Give the examples batch by batch."""
         for begin in range(0, self.n_examples, self.batch_size):
             end = min(begin + self.batch_size, self.n_examples)

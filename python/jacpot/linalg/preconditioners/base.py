@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacpot._backend import threads
 from jacpot.linalg.operator import FunctionOperator, LinearOperator
+from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = ["Identity", "LowRankInverse", "Preconditioner", "Prepared"]
 
@@ -50,27 +52,38 @@ class LowRankInverse(LinearOperator):
 
     Parameters
     ----------
-    factor
-        F (n, r).
+    rows
+        Fᵀ (r, n), contiguous: both products with F then stream through memory.
     damping
         Raised where needed so that rounding in F's dtype cannot make the result indefinite; the
         approximation error outside F's range exceeds such damping anyway.
     """
 
-    def __init__(self, factor: Tensor, damping: float) -> None:
-        self.factor = factor
-        self.shape, self.dtype = (factor.shape[0], factor.shape[0]), factor.dtype
-        self.device = factor.device
-        values, vectors = torch.linalg.eigh((factor.T @ factor).double())
-        floor = 30 * torch.finfo(factor.dtype).eps * float(values[-1]) if len(values) else 0.0
-        shifted = values.clamp_min(0) + max(damping, floor)
-        self.middle = ((vectors / shifted) @ vectors.T).to(factor.dtype)
+    def __init__(self, rows: Tensor, damping: float) -> None:
+        self.rows = rows
+        self.shape, self.dtype = (rows.shape[1], rows.shape[1]), rows.dtype
+        self.device = rows.device
+        self.middle = rows.new_zeros(0, 0)
+        if len(rows):
+            inner = inner_products(rows).double()
+            floor = 30 * torch.finfo(rows.dtype).eps * float(torch.linalg.matrix_norm(inner))
+            inner.diagonal().add_(max(damping, floor))
+            self.middle = torch.cholesky_inverse(torch.linalg.cholesky(inner)).to(rows.dtype)
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return torch.addmm(x, self.factor, self.middle @ (self.factor.T @ x), alpha=-1)
+        return torch.addmm(x, self.rows.T, self.middle @ (self.rows @ x), alpha=-1)
 
     def _adjoint(self) -> LinearOperator:
         return self
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    """``rows · rowsᵀ`` (r, r), of which only half is computed."""
+    out = rows.new_zeros(len(rows), len(rows))
+    compiled = kernels(out)
+    compiled.jacobian_add_row_products(rows, None, out)
+    compiled.jacobian_mirror(out, threads())
+    return out
 
 
 def elementwise_inverse(values: Tensor) -> LinearOperator:

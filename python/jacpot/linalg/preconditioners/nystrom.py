@@ -54,12 +54,12 @@ class Nystrom(Preconditioner):
         rank = min(rank, n)
         if rank < group:
             return Prepared(None, f"none ({why or 'nystrom of rank 0'})")
-        factor = self.factor(operator, rank)
-        text = f"nystrom(rank={factor.shape[1]}{', ' if why else ''}{why})"
-        return Prepared(LowRankInverse(factor, damping), text)
+        rows = self.factor(operator, rank)
+        text = f"nystrom(rank={len(rows)}{', ' if why else ''}{why})"
+        return Prepared(LowRankInverse(rows, damping), text)
 
     def factor(self, operator: LinearOperator, rank: int) -> Tensor:
-        """Give F (n, r), ``F Fᵀ ≈ A``, from ``rank`` columns."""
+        """Give Fᵀ (r, n), ``F Fᵀ ≈ A``, from ``rank`` columns."""
         n, group = operator.shape[0], operator.column_group
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(n // group, generator=generator).to(operator.device)
@@ -89,8 +89,9 @@ class Nystrom(Preconditioner):
             return 0, "the damping is above the spectrum"
         decay = math.log(values[low] / values[high]) / math.log((high + 1) / (low + 1))
         best_rank, best_time = 0, math.inf
-        flops = 6e10 * torch.get_num_threads()
-        for rank in [0, *(2**i * group for i in range(20))]:
+        flops, traffic = 6e10 * torch.get_num_threads(), 2e10
+        candidates = [round(group * 2 ** (i / 2)) // group * group for i in range(40)]
+        for rank in [0, *candidates]:
             if rank > limit:
                 break
             tail = (
@@ -99,8 +100,8 @@ class Nystrom(Preconditioner):
                 else float(values[high]) * ((high + 1) / rank) ** decay
             )
             iterations = 0.5 * math.sqrt(1 + tail / damping) * math.log(2 / TOLERANCE) + 2
-            setup = rank * per_column + (2.0 * n * rank**2 * 2 + 20.0 * rank**3) / flops
-            apply = 2 * n * rank * operator.dtype.itemsize / 1.5e10
+            setup = rank * per_column + (2.0 * n * rank**2 + rank**3) / flops
+            apply = 2 * n * rank * operator.dtype.itemsize / traffic
             total = setup + iterations * (product + apply)
             if total < best_time:
                 best_rank, best_time = rank, total
@@ -113,14 +114,21 @@ def _indices(order: Tensor, rank: int, group: int) -> Tensor:
 
 
 def nystrom_factor(operator: LinearOperator, indices: Tensor) -> Tensor:
-    """Give F (n, r) with ``F Fᵀ = C W⁻¹ Cᵀ``.
-
-    What of W is below the rounding of the columns is left out, so r may be less than the number
-    of indices.
-    """
-    columns = operator.columns(indices)
-    small = columns[indices].double()
-    values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    keep = values > 10 * torch.finfo(columns.dtype).eps * values[-1].clamp_min(0)
-    factor: Tensor = columns @ (vectors[:, keep] / values[keep].sqrt()).to(columns.dtype)
-    return factor
+    """Give Fᵀ (r, n) with ``F Fᵀ = C W⁻¹ Cᵀ``; r is zero where the columns are."""
+    rows = operator.columns(indices).T.contiguous()
+    small = rows[:, indices].double()
+    small = (small + small.T) / 2
+    # What of W is below the rounding of the columns is shifted out of the way.
+    shift = 10 * torch.finfo(rows.dtype).eps * float(torch.linalg.matrix_norm(small))
+    if not 0 < shift < math.inf:
+        return rows[:0]
+    while True:
+        small.diagonal().add_(shift)
+        lower, info = torch.linalg.cholesky_ex(small)
+        if int(info) == 0:
+            # On columns, as the library keeps matrices: the rows of its result are contiguous.
+            upper = lower.T.to(rows.dtype)
+            solved = torch.linalg.solve_triangular(upper, rows.T, upper=True, left=False)
+            factor: Tensor = solved.T.contiguous()
+            return factor
+        shift *= 10

@@ -39,7 +39,7 @@ class PartialCholesky(Preconditioner):
             return Prepared(None, "none (partial Cholesky needs damping)")
         factor = random_pivoted_cholesky(operator, self.rank, self.block, self.seed)
         text = f"partial_cholesky(rank={factor.shape[1]})"
-        return Prepared(LowRankInverse(factor.to(operator.dtype), damping), text)
+        return Prepared(LowRankInverse(factor.to(operator.dtype).T.contiguous(), damping), text)
 
 
 def random_pivoted_cholesky(

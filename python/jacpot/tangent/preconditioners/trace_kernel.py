@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jacpot.linalg import LinearOperator
 from jacpot.linalg.preconditioners import Preconditioner, Prepared
+from jacpot.linalg.preconditioners.base import inner_products
 from jacpot.linalg.preconditioners.nystrom import Nystrom
 from jacpot.ops.jacobian import gram
 from jacpot.tangent.operators import JacobianOperator, KernelOperator
@@ -138,10 +139,10 @@ class _TwoLevel(LinearOperator):
         self.shape, self.dtype, self.device = fine.shape, fine.dtype, fine.device
 
     def _matmat(self, x: Tensor) -> Tensor:
-        coarse = self.basis.T @ x
-        fine = self.fine._matmat(torch.addmm(x, self.basis, coarse, alpha=-1))
-        change = self.inverse_values[:, None] * coarse - self.basis.T @ fine
-        return torch.addmm(fine, self.basis, change)
+        coarse = self.basis @ x
+        fine = self.fine._matmat(torch.addmm(x, self.basis.T, coarse, alpha=-1))
+        change = self.inverse_values[:, None] * coarse - self.basis @ fine
+        return torch.addmm(fine, self.basis.T, change)
 
     def _adjoint(self) -> LinearOperator:
         return self
@@ -150,10 +151,10 @@ class _TwoLevel(LinearOperator):
 def _with_coarse_space(
     fine: LinearOperator, operator: KernelOperator, damping: float, size: int, seed: int
 ) -> LinearOperator:
-    factor = Nystrom(seed=seed).factor(operator, size)
-    values, vectors = torch.linalg.eigh((factor.T @ factor).double())
+    rows = Nystrom(seed=seed).factor(operator, size)
+    values, vectors = torch.linalg.eigh(inner_products(rows).double())
     # Directions below float32's resolution of the largest are noise.
-    keep = values > 1e2 * torch.finfo(factor.dtype).eps * values[-1]
+    keep = values > 1e2 * torch.finfo(rows.dtype).eps * values[-1:].sum()
     values, vectors = values[keep], vectors[:, keep]
-    basis = factor @ (vectors / values.sqrt()).to(factor.dtype)
-    return _TwoLevel(fine, basis, (1 / (values + damping)).to(factor.dtype))
+    basis = (vectors / values.sqrt()).to(rows.dtype).T @ rows
+    return _TwoLevel(fine, basis, (1 / (values + damping)).to(rows.dtype))
