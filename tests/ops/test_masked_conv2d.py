@@ -115,14 +115,14 @@ def test_bfloat16_sums_in_float32(method):
 def test_operators_are_well_formed():
     window, pattern, x, values, bias = small()
     ops, pairs = torch.ops.jacpot, window.pairs()
-    y = ops.masked_conv2d(x, values, bias, pattern.block, 3, pairs, True)
+    y = ops.masked_conv2d(x, values, bias, pattern.block, 3, True, pairs)
     torch.library.opcheck(
-        ops.masked_conv2d.default, (x, values, bias, pattern.block, 3, pairs, True)
+        ops.masked_conv2d.default, (x, values, bias, pattern.block, 3, True, pairs)
     )
     for wants in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             ops.masked_conv2d_backward.default,
-            (torch.randn_like(y, requires_grad=True), x, values, pattern.block, pairs, *wants),
+            (torch.randn_like(y, requires_grad=True), x, values, pattern.block, *wants, pairs),
         )
 
 
@@ -138,7 +138,7 @@ def test_same_bits_at_any_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y = masked_conv2d(x, values, pattern, window, method="sparse")
-            results.append((y, *run(y, x, values, pattern.block, window.pairs(), True, True)))
+            results.append((y, *run(y, x, values, pattern.block, True, True, window.pairs())))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -149,6 +149,6 @@ def test_refusals():
     window, pattern, x, values, _ = small()
     run = torch.ops.jacpot.masked_conv2d
     with pytest.raises(ValueError, match="'pattern' must have 18 columns, got 12"):
-        run(torch.ones(1, 3, 4, 5).double(), values, None, pattern.block, 3, window.pairs(), False)
+        run(torch.ones(1, 3, 4, 5).double(), values, None, pattern.block, 3, False, window.pairs())
     with pytest.raises(TypeError, match="'values' must be float64 like 'x', got float32"):
-        run(x, values.float(), None, pattern.block, 3, window.pairs(), False)
+        run(x, values.float(), None, pattern.block, 3, False, window.pairs())

@@ -138,7 +138,7 @@ def convolve(
         )
         return torch.relu(y) if relu else y
     if x.device.type == "cpu":
-        return multiply(x, values, bias, block, shape[0], window.pairs(), relu)
+        return multiply(x, values, bias, block, shape[0], relu, window.pairs())
     patches = torch.nn.functional.unfold(
         x, window.size, window.dilation, window.padding, window.stride
     )
