@@ -10,7 +10,7 @@ BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f 2>
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo emulator cuda test test-slow test-asan bench lint tidy format stub docs clean
+.PHONY: help demo emulator cuda test test-cuda test-slow test-asan bench lint tidy format stub docs clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,25 @@ emulator: $(VENV)/requirements  ## build the emulator that the tests run the CUD
 cuda: $(VENV)/requirements  ## compile the extension with its CUDA kernels into build/cuda (needs nvcc)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset cuda
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset cuda
+
+# A build with CUDA in a tree of links, so that the installed one stays as it is. The sanitizers
+# slow kernels down a hundredfold: they run on the tests of the kernels alone, with few examples.
+CUDA_SITE := build/cuda/site
+SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
+SANITIZED := tests/core/test_devices.py tests/ops/test_masked_matmul.py tests/ops/test_jacobian.py
+test-cuda: cuda emulator  ## build with CUDA and run the tests that need a GPU, sanitizers too
+	mkdir -p $(CUDA_SITE)
+	cp -rsf $(CURDIR)/python/jacpot $(CUDA_SITE)/ && find $(CUDA_SITE)/jacpot -maxdepth 1 -name '_core*.so' -delete
+	ln -sf $(CURDIR)/build/cuda/_core*.so $(CUDA_SITE)/jacpot/
+	$(BIN)/python tools/run_from.py $(CUDA_SITE) -m pytest -m cuda $(PYTEST_ARGS)
+ifneq ($(SANITIZER),)
+	for tool in memcheck racecheck; do \
+	  HYPOTHESIS_PROFILE=sanitizer $(SANITIZER) --tool $$tool --error-exitcode 1 --report-api-errors no \
+	    $(BIN)/python tools/run_from.py $(CUDA_SITE) -m pytest -m cuda --timeout 1800 $(SANITIZED) || exit 1; \
+	done
+else
+	@echo "compute-sanitizer is not on PATH: memcheck and racecheck were left out"
+endif
 
 test-slow: $(VENV)/installed  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

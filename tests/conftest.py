@@ -101,10 +101,20 @@ def _cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         with _pretend(request):
             yield torch.device("cuda")
         return
+    yield from _real()
+
+
+def _real() -> Iterator[torch.device]:
     if (reason := why_no_gpu()) is not None:
         pytest.skip(reason)
-    yield torch.device("cuda")
+    yield torch.device("cuda", 0)
     torch.cuda.synchronize()  # a kernel that failed fails the test that launched it
+
+
+@pytest.fixture(params=[on_gpu])
+def real_gpu() -> Iterator[torch.device]:
+    """Run the test on a GPU: what it is about cannot be pretended."""
+    yield from _real()
 
 
 @pytest.fixture(params=[*_backend.core.build_info()["isas_supported"], on_gpu])
@@ -115,6 +125,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         return
     with _backend.isa(request.param):
         yield torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", on_gpu])
+def any_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Run the test on the CPU, as it comes, and on a GPU."""
+    yield from _cuda(request) if request.param == "cuda" else iter([torch.device("cpu")])
 
 
 @pytest.fixture(params=["pretended", on_gpu])

@@ -24,4 +24,11 @@ PYBIND11_MODULE(_cuda_emulator, m) {
       pybind11::arg("order") = pybind11::none(),
       "What the device has, and in which order the threads of a block take turns: "
       "0 forward, 1 reverse, 2 shuffled. What is not given stays.");
+  m.def(
+      "devices",
+      [] {
+        const auto& device = jacpot::emulator::device();
+        return pybind11::make_tuple(device.current, device.launched_on);
+      },
+      "The current device, and the one that was current at the last launch.");
 }

@@ -5,7 +5,24 @@
 
 namespace jacpot::cuda {
 
+DeviceGuard::DeviceGuard(int device) {
+  int current = 0;
+  status_ = from_error(cudaGetDevice(&current));
+  if (!status_.ok() || current == device) return;
+  status_ = from_error(cudaSetDevice(device));
+  if (status_.ok()) before_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (before_ >= 0) (void)cudaSetDevice(before_);
+}
+
 #ifdef JACPOT_CUDA_EMULATOR
+
+Status from_error(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  return {Code::invalid_argument, "there is no GPU of this number"};
+}
 
 Status limits(int, Limits* out) {
   *out = {emulator::device().shared_bytes, emulator::device().multiprocessors};
@@ -37,18 +54,6 @@ Status from_error(cudaError_t error) {
       // The runtime's texts are static. An earlier kernel's failure may show here first.
       return {Code::device_error, cudaGetErrorString(error)};
   }
-}
-
-DeviceGuard::DeviceGuard(int device) {
-  int current = 0;
-  status_ = from_error(cudaGetDevice(&current));
-  if (!status_.ok() || current == device) return;
-  status_ = from_error(cudaSetDevice(device));
-  if (status_.ok()) before_ = current;
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (before_ >= 0) (void)cudaSetDevice(before_);
 }
 
 namespace {

@@ -46,31 +46,6 @@ __host__ __device__ constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 
-#ifdef JACPOT_CUDA_EMULATOR
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int) {}
-  Status status() const { return {}; }
-};
-
-template <class... P>
-Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_bytes, Queue,
-              std::type_identity_t<P>... arguments) {
-  if (shared_bytes > emulator::device().shared_bytes)
-    return {Code::invalid_argument, "a block asks for more shared memory than the device has"};
-  if (block.x * block.y * block.z > 1024)
-    return {Code::invalid_argument, "a block has more than 1024 threads"};
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
-    return {Code::invalid_argument, "a grid is empty or exceeds the limits of CUDA"};
-  if (!emulator::run_grid(grid, block, static_cast<std::size_t>(shared_bytes),
-                          [&] { kernel(arguments...); }))
-    return {Code::device_error, "threads of a block wait for others that never come"};
-  return {};
-}
-
-#else
-
 Status from_error(cudaError_t error);
 
 // Makes a device current, and the one before it again at the end of the scope.
@@ -86,6 +61,26 @@ class DeviceGuard {
   int before_ = -1;  // -1: nothing to restore
   Status status_;
 };
+
+#ifdef JACPOT_CUDA_EMULATOR
+
+template <class... P>
+Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_bytes, Queue,
+              std::type_identity_t<P>... arguments) {
+  emulator::device().launched_on = emulator::device().current;
+  if (shared_bytes > emulator::device().shared_bytes)
+    return {Code::invalid_argument, "a block asks for more shared memory than the device has"};
+  if (block.x * block.y * block.z > 1024)
+    return {Code::invalid_argument, "a block has more than 1024 threads"};
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    return {Code::invalid_argument, "a grid is empty or exceeds the limits of CUDA"};
+  if (!emulator::run_grid(grid, block, static_cast<std::size_t>(shared_bytes),
+                          [&] { kernel(arguments...); }))
+    return {Code::device_error, "threads of a block wait for others that never come"};
+  return {};
+}
+
+#else
 
 template <class... P>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_bytes, Queue queue,

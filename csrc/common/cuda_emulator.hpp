@@ -43,6 +43,9 @@ struct Device {
   std::int64_t shared_bytes = 227 * 1024;
   int multiprocessors = 4;
   Order order = Order::forward;
+  int count = 2;         // of such devices
+  int current = 0;       // as cudaSetDevice left it
+  int launched_on = -1;  // what was current at the last launch
 };
 Device& device();
 
@@ -74,6 +77,19 @@ T shuffle(T value, int source) {
 }
 
 }  // namespace jacpot::emulator
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+
+inline cudaError_t cudaGetDevice(int* number) {
+  *number = jacpot::emulator::device().current;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int number) {
+  auto& device = jacpot::emulator::device();
+  if (number < 0 || number >= device.count) return cudaErrorInvalidDevice;
+  device.current = number;
+  return cudaSuccess;
+}
 
 inline void __syncthreads() { jacpot::emulator::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { jacpot::emulator::warp_barrier(); }

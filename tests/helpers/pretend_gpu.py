@@ -25,6 +25,7 @@ GPU = torch.device("cuda", 0)
 MAY_MIX = {
     "aten::copy_",
     "aten::_to_copy",
+    "aten::to",
     "aten::index",
     "aten::index_put_",
     "aten::_index_put_impl_",
@@ -101,6 +102,10 @@ def unwrap(value: Any) -> Any:
     return value.inner if isinstance(value, GpuTensor) else value
 
 
+def _on_cpu(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) else unwrap(value)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if name in OPERATORS:
@@ -109,7 +114,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[torch.Tensor] = []
     _walk((args, kwargs), lambda t: tensors.append(t) if isinstance(t, torch.Tensor) else None)
     there = [t for t in tensors if isinstance(t, GpuTensor)]
-    target = kwargs.get("device")
+    target = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.device)), None)
     on_gpu = bool(there) if target is None else target.type in ("meta", "cuda")
     if there and name not in MAY_MIX:
         for t in tensors:
@@ -117,14 +122,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu"
                 )
-    if target is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
     if name == "aten::_efficientzerotensor":  # which are expanded above the level that this is at
         func = torch.ops.aten.zeros.default
-    inner_args, inner_kwargs = _walk((args, kwargs), unwrap)
+    inner_args, inner_kwargs = _walk((args, kwargs), _on_cpu)
     result = func(*inner_args, **inner_kwargs)
     if name == "aten::copy_":
         return args[0]
+    if not on_gpu and there and target is not None and any(result is t.inner for t in there):
+        result = result.clone()  # a copy between devices never shares memory
     written = {id(t.inner): t for t in there}
     return _walk(result, lambda t: _wrap(t, written, on_gpu))
 
@@ -141,6 +146,8 @@ class _Devices(TorchFunctionMode):
     """Names of the GPU, as PyTorch without CUDA can take them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         return func(*_walk(args, self._rename), **_walk(kwargs or {}, self._rename))
 
     @staticmethod

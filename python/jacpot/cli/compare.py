@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jacpot.cli.device import usable
+
 if TYPE_CHECKING:
     from jacpot.studies.compare import Settings
     from jacpot.studies.record import Record
@@ -116,7 +118,7 @@ def compare(
             test_size=test_size,
             tol=tol,
             recipe=Recipe(optimizer.value, learning_rate, batch_size, max_epochs=max_epochs),
-            device=_device(device),
+            device=usable(device),
         )
         dataset = load(data)
         parts = split(dataset, train_size, test_size, device=settings.device)
@@ -190,13 +192,3 @@ def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number
         raise ValueError(
             f"{name}: expected a number or several with commas between, got {text!r}"
         ) from None
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {error}") from error
-    return name

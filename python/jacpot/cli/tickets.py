@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from jacpot.cli.device import usable
+
 __all__ = ["tickets"]
 
 
@@ -155,7 +157,7 @@ def tickets(
             recipe=Steps(steps=steps, learning_rate=learning_rate, batch_size=batch_size),
         )
         dataset = load(data)
-        parts = split(dataset, train_size, test_size, device=device)
+        parts = split(dataset, train_size, test_size, device=usable(device))
         store = Store(folder, settings.record(dataset, parts), fresh)
     except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"jacpot tickets: {error}", err=True, fg="red")

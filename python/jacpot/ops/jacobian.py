@@ -320,10 +320,10 @@ def sketch(
             kernels(signs).jacobian_signs(
                 (seed + 2**63) % 2**64 - 2**63, offset, start, signs, threads()
             )
-            part = torch.zeros(n, k, len(signs), dtype=dtype, device=blocks[0].device)
             if isinstance(block, Rows):
-                torch.matmul(block.rows, signs.T, out=part)
+                part = block.rows @ signs.T
             else:
+                part = torch.zeros(n, k, len(signs), dtype=dtype, device=block.device)
                 _add_jvp(block, signs, part)
             out[:, :, start : start + width] += part
     return _like(out.mul_(dim**-0.5), blocks)

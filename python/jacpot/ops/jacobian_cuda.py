@@ -145,7 +145,7 @@ def jacobian_jvp(
     for part in _chunks(n, t * g * o * r * a.element_size()):
         x = a[part]
         if walk is not None:
-            flat = x.reshape(-1, i)
+            flat = x.reshape(len(x) * t * g, i)
             each = [sparse.multiply(walk, flat, v[:weights], None, False, False) for v in vectors]
             z = torch.stack(each, -1).view(len(x), t, g, o, r)
         else:
@@ -185,14 +185,14 @@ def jacobian_vjp(
         w = torch.bmm(u[part].transpose(1, 2), d.reshape(len(x), k, t * g * o))
         w = w.view(len(x), r, t, g, o)
         if walk is not None:
-            flat = x.reshape(-1, i)
+            flat = x.reshape(len(x) * t * g, i)
             for j in range(r):
-                held = w[:, j].reshape(-1, g * o)
+                held = w[:, j].reshape(len(x) * t, g * o)
                 sampled = sparse.multiply_and_sample(walk, flat, None, held, False)[1]
                 assert sampled is not None
                 out[j, :weights] += sampled
         else:
-            weight = torch.einsum("nrtgo,ntgi->rgoi", w, x).reshape(r, -1)
+            weight = torch.einsum("nrtgo,ntgi->rgoi", w, x).reshape(r, g * o * i)
             out[:, :weights] += weight if kept is None else weight.index_select(1, kept)
         if bias:
-            out[:, weights:] += w.sum((0, 2)).reshape(r, -1)
+            out[:, weights:] += w.sum((0, 2)).reshape(r, g * o)
