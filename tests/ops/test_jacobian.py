@@ -220,7 +220,9 @@ def convolved(draw):
     kernel, stride, dilation = (
         tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(3)
     )
-    sizes = [d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)]
+    sizes = [
+        d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)
+    ]
     shape = (draw(st.integers(0, 3)), draw(st.integers(1, 3)), *sizes)
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     return torch.arange(math.prod(shape), dtype=dtype).view(shape), kernel, stride, dilation
