@@ -9,6 +9,7 @@ counts. The peer also stops after ``--patience`` times our seconds, and says how
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,12 @@ def torch_func_cg(
     return {"seconds": seconds, "iterations": iterations, "residual": reached}
 
 
-def run(case: Case, preconditioner: Any, patience: float) -> dict[str, Any]:
+def announce(iteration: int, residual: float, seconds: float) -> None:
+    if iteration % 10 == 0:
+        print(f"iteration {iteration}: residual {residual:.2e}, {seconds:.1f} s", flush=True)
+
+
+def run(case: Case, preconditioner: Any, patience: float, progress: bool) -> dict[str, Any]:
     x, labels, x_test, labels_test = mnist(case.examples)
     net = network(case.widths)
     y = torch.nn.functional.one_hot(labels, 10).float() - 0.1
@@ -115,7 +121,10 @@ def run(case: Case, preconditioner: Any, patience: float) -> dict[str, Any]:
 
     lin = jacpot.linearize(net)
     start = time.perf_counter()
-    fit = lin.fit(x, y, ridge=ridge, method="dual", tol=case.tol, preconditioner=preconditioner)
+    fit = lin.fit(
+        x, y, ridge=ridge, method="dual", tol=case.tol, preconditioner=preconditioner,
+        callback=announce if progress else None,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     with torch.no_grad():
         accuracy = float((lin(x_test).argmax(1) == labels_test).double().mean())
@@ -128,6 +137,7 @@ def run(case: Case, preconditioner: Any, patience: float) -> dict[str, Any]:
         "residual": true_residual(fit.details["dual"]),
         "preconditioner": fit.preconditioner,
         "test_accuracy": accuracy,
+        "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     if case.peer and patience > 0:
         cap = patience * seconds
@@ -141,11 +151,15 @@ def main() -> None:
     options.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}; by default small")
     options.add_argument("--preconditioner", default="auto")
     options.add_argument("--patience", type=float, default=12.0)
+    options.add_argument("--progress", action="store_true", help="print every tenth iteration")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     report = Report("Tangent-space fits, MNIST")
     for name in arguments.case or ["small"]:
-        row = {"case": name, **run(CASES[name], arguments.preconditioner, arguments.patience)}
+        row = {
+            "case": name,
+            **run(CASES[name], arguments.preconditioner, arguments.patience, arguments.progress),
+        }
         report.rows.append(row)
         print(row, flush=True)
     if arguments.json:

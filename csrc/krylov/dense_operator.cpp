@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "common/blas.hpp"
 #include "common/parallel.hpp"
@@ -12,6 +14,7 @@
 namespace jacpot::krylov {
 namespace {
 
+constexpr std::int64_t packed_bytes = 32 << 20;  // what caches hold; beyond, memory sets the pace
 constexpr Status no_memory{Code::out_of_memory, "no memory for a product with a dense matrix"};
 
 template <class T>
@@ -51,43 +54,85 @@ class Dense final : public Operator {
     return blas::gemm(transposed, false, m, count, k, T(1), matrix_.data, matrix_.stride[0], x,
                       count, T(0), y, count);
   }
-  // One vector, from the upper half of the matrix. Interleaved strips of rows even out the work;
-  // each task has a result of its own.
-  Status half(const T* x, T* y) const {
+  std::int64_t tasks() const {
+    return std::clamp<std::int64_t>(rows() * rows() / (1 << 16), 1, std::max(threads_, 1));
+  }
+  // One vector, from the upper half of the matrix; each task has a result of its own.
+  template <class In, class Out>
+  Status half(const In* x, Out* y) const {
+    const std::int64_t n = rows();
+    if (!packed_ && n * n * std::int64_t{sizeof(T)} <= 2 * packed_bytes)
+      if (const Status status = pack(); !status.ok()) return status;
+    const std::int64_t size = packed_ ? packed_->size : n;
+    const auto own = packed_ ? Scratch<T>() : allocate_scratch<T>((tasks() + 1) * (size + 64));
+    T* narrow = packed_ ? packed_->vectors.get() : own.get();
+    if (!narrow) return no_memory;
+    T* partial = narrow + size;
+    for (std::int64_t i = 0; i < n; ++i) narrow[i] = static_cast<T>(x[i]);
+    std::fill(narrow + n, narrow + size, T(0));
+    parallel_for(threads_, tasks(), [&](std::int64_t task) {
+      T* out = partial + task * size;
+      std::fill(out, out + size, T(0));
+      packed_ ? add_bands(task, narrow, out) : add_strips(task, narrow, out);
+    });
+    for (std::int64_t i = 0; i < n; ++i) {
+      T sum = partial[i];
+      for (std::int64_t task = 1; task < tasks(); ++task) sum += partial[task * size + i];
+      y[i] = sum;
+    }
+    return {};
+  }
+  // Interleaved strips of rows even out the work.
+  void add_strips(std::int64_t task, const T* x, T* out) const {
     constexpr std::int64_t strip = 32;
     const std::int64_t n = rows();
-    const std::int64_t tasks =
-        std::clamp<std::int64_t>(n * n / (1 << 16), 1, std::max(threads_, 1));
-    const auto partial = allocate_scratch<T>(tasks * n);
-    if (!partial) return no_memory;
-    const SymmetricTable& kernels = active_table(static_cast<const SymmetricTable*>(nullptr));
-    parallel_for(threads_, tasks, [&](std::int64_t task) {
-      T* out = partial.get() + task * n;
-      std::fill(out, out + n, T(0));
-      for (std::int64_t begin = task * strip; begin < n; begin += tasks * strip) {
-        const std::int64_t end = std::min(n, begin + strip);
-        if constexpr (std::is_same_v<T, float>)
-          kernels.single_precision.multiply(matrix_.data, matrix_.stride[0], n, begin, end, x, out);
-        else
-          kernels.double_precision.multiply(matrix_.data, matrix_.stride[0], n, begin, end, x, out);
-      }
+    for (std::int64_t begin = task * strip; begin < n; begin += tasks() * strip)
+      kernels().multiply(matrix_.data, matrix_.stride[0], n, begin, std::min(n, begin + strip), x,
+                         out);
+  }
+  void add_bands(std::int64_t task, const T* x, T* out) const {
+    for (std::int64_t i = task; i < packed_->bands(); i += tasks())
+      packed_->kernels.multiply_band(packed_->data.get() + packed_->offsets[i],
+                                     i * packed_->kernels.band_rows, packed_->size, x, out);
+  }
+  // The instruction set stays that of the packing.
+  Status pack() const {
+    const SymmetricKernels<T>& kernel = kernels();
+    const std::int64_t n = rows(), size = (n + kernel.block - 1) / kernel.block * kernel.block;
+    auto packed = std::make_unique<Packed>(Packed{kernel, size, {}, {}, {}});
+    std::int64_t elements = 0;
+    for (std::int64_t row = 0; row < size; row += kernel.band_rows) {
+      packed->offsets.push_back(elements);
+      elements += kernel.band_size(row, size);
+    }
+    packed->data = allocate_scratch<T>(elements);
+    packed->vectors = allocate_scratch<T>((tasks() + 1) * size);
+    if (!packed->data || !packed->vectors) return no_memory;
+    parallel_for(threads_, tasks(), [&](std::int64_t task) {
+      for (std::int64_t i = task; i < packed->bands(); i += tasks())
+        kernel.pack_band(matrix_.data, matrix_.stride[0], n, i * kernel.band_rows, size,
+                         packed->data.get() + packed->offsets[i]);
     });
-    std::copy(partial.get(), partial.get() + n, y);
-    for (std::int64_t task = 1; task < tasks; ++task)
-      for (std::int64_t i = 0; i < n; ++i) y[i] += partial[task * n + i];
+    packed_ = std::move(packed);
     return {};
+  }
+  static const SymmetricKernels<T>& kernels() {
+    const SymmetricTable& table = active_table(static_cast<const SymmetricTable*>(nullptr));
+    if constexpr (std::is_same_v<T, float>)
+      return table.single_precision;
+    else
+      return table.double_precision;
   }
   // The whole product in float32.
   Status narrowed(bool transposed, const double* x, double* y, std::int64_t count) const {
+    if (symmetric_ && count == 1) return half(x, y);
     const std::int64_t in = (transposed ? rows() : columns()) * count;
     const std::int64_t out = (transposed ? columns() : rows()) * count;
     const auto buffer = allocate_scratch<T>(in + out);
     if (!buffer) return no_memory;
     T* narrow_y = buffer.get() + in;
     std::transform(x, x + in, buffer.get(), [](double v) { return static_cast<T>(v); });
-    const Status status = symmetric_ && count == 1
-                              ? half(buffer.get(), narrow_y)
-                              : gemm(transposed, buffer.get(), narrow_y, count);
+    const Status status = gemm(transposed, buffer.get(), narrow_y, count);
     std::copy(narrow_y, narrow_y + out, y);
     return status;
   }
@@ -95,6 +140,15 @@ class Dense final : public Operator {
   Status widened(bool transposed, const double* x, double* y, std::int64_t count) const {
     constexpr std::int64_t panel = 64;
     const std::int64_t n = columns();
+    if (count == 1 && (!transposed || symmetric_)) {
+      const SymmetricTable& table = active_table(static_cast<const SymmetricTable*>(nullptr));
+      parallel_for(threads_, (rows() + panel - 1) / panel, [&](std::int64_t task) {
+        const std::int64_t end = std::min(rows(), (task + 1) * panel);
+        for (std::int64_t i = task * panel; i < end; ++i)
+          y[i] = table.widened_dot(matrix_.data + i * matrix_.stride[0], n, x);
+      });
+      return {};
+    }
     const auto wide = allocate_scratch<double>(panel * n);
     if (!wide) return no_memory;
     if (transposed || rows() == 0) std::fill(y, y + (transposed ? n : 0) * count, 0.0);
@@ -113,9 +167,20 @@ class Dense final : public Operator {
     return {};
   }
 
+  struct Packed {
+    SymmetricKernels<T> kernels;
+    std::int64_t size;  // rounded up
+    std::vector<std::int64_t> offsets;
+    Scratch<T> data;
+    Scratch<T> vectors;  // x, and a result for each task
+
+    std::int64_t bands() const { return static_cast<std::int64_t>(offsets.size()); }
+  };
+
   const View<const T, 2> matrix_;
   const bool symmetric_;
   const int threads_;
+  mutable std::unique_ptr<Packed> packed_;
 };
 
 }  // namespace

@@ -58,7 +58,87 @@ void multiply(const T* a, std::int64_t stride, std::int64_t size, std::int64_t b
   }
 }
 
-constexpr SymmetricTable kernels{{&multiply<float>}, {&multiply<double>}};
+// A band of rows: what lies above the diagonal in blocks of a vector of columns, zeros in its
+// place below, and the diagonal at the end.
+constexpr int band = 8;
+
+template <class T>
+constexpr std::int64_t block = Simd<T>::width > band ? Simd<T>::width : band;
+
+template <class T>
+std::int64_t band_size(std::int64_t row, std::int64_t size) {
+  return (size - row / block<T> * block<T>)*band + block<T>;
+}
+
+template <class T>
+void pack_band(const T* a, std::int64_t stride, std::int64_t actual, std::int64_t row,
+               std::int64_t size, T* to) {
+  using V = Simd<T>;
+  for (std::int64_t j = row / block<T> * block<T>; j < size; j += V::width) {
+    const bool inside = j >= row + band && j + V::width <= actual;
+    for (std::int64_t i = row; i < row + band; ++i, to += V::width) {
+      if (inside) {
+        V::store(to, V::load(a + i * stride + j));
+        continue;
+      }
+      for (std::int64_t c = 0; c < V::width; ++c)
+        to[c] = i < actual && j + c < actual && j + c > i ? a[i * stride + j + c] : T(0);
+    }
+  }
+  for (std::int64_t i = row; i < row + band; ++i) *to++ = i < actual ? a[i * stride + i] : T(0);
+}
+
+template <class T>
+void multiply_band(const T* from, std::int64_t row, std::int64_t size, const T* x, T* y) {
+  using V = Simd<T>;
+  typename V::Vec sum[band], factor[band];
+  for (int r = 0; r < band; ++r) {
+    sum[r] = V::zero();
+    factor[r] = V::broadcast(x[row + r]);
+  }
+  for (std::int64_t j = row / block<T> * block<T>; j < size; j += V::width) {
+    const auto xj = V::load(x + j);
+    // Two chains hide the latency of the additions.
+    auto even = V::load(y + j), odd = V::zero();
+#pragma GCC unroll 8
+    for (int r = 0; r < band; r += 2) {
+      const auto v = V::load(from + r * V::width), w = V::load(from + (r + 1) * V::width);
+      sum[r] = V::fma(v, xj, sum[r]);
+      sum[r + 1] = V::fma(w, xj, sum[r + 1]);
+      even = V::fma(v, factor[r], even);
+      odd = V::fma(w, factor[r + 1], odd);
+    }
+    V::store(y + j, even + odd);
+    from += band * V::width;
+  }
+  for (int r = 0; r < band; ++r) y[row + r] += V::sum(sum[r]) + from[r] * x[row + r];
+}
+
+template <class T>
+constexpr krylov::SymmetricKernels<T> table_of() {
+  return {&multiply<T>, band, block<T>, &band_size<T>, &pack_band<T>, &multiply_band<T>};
+}
+
+double widened_dot(const float* row, std::int64_t size, const double* x) {
+  using V = Simd<double>;
+  typedef float Narrow __attribute__((vector_size(JACPOT_VECTOR_BYTES / 2), aligned(4), may_alias));
+  constexpr int chains = 4;
+  V::Vec sum[chains];
+  for (auto& s : sum) s = V::zero();
+  std::int64_t j = 0;
+  for (; j + chains * V::width <= size; j += chains * V::width)
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; ++c) {
+      const auto at = j + c * V::width;
+      const auto narrow = *reinterpret_cast<const Narrow*>(row + at);
+      sum[c] = V::fma(__builtin_convertvector(narrow, V::Vec), V::load(x + at), sum[c]);
+    }
+  double total = V::sum(sum[0] + sum[1] + (sum[2] + sum[3]));
+  for (; j < size; ++j) total += static_cast<double>(row[j]) * x[j];
+  return total;
+}
+
+constexpr SymmetricTable kernels{table_of<float>(), table_of<double>(), &widened_dot};
 
 }  // namespace
 

@@ -70,6 +70,11 @@ inline void combine(const Shape& shape, const double* alpha, const double* x, co
                     double* y) {
   const std::int64_t count = shape.count;
   shape.for_chunks([=](std::int64_t begin, std::int64_t end, std::int64_t) {
+    if (count == 1) {
+      const double a = *alpha, s = *scale;
+      for (std::int64_t i = begin; i < end; ++i) y[i] = s * y[i] + a * x[i];
+      return;
+    }
     for (std::int64_t i = begin; i < end; ++i)
       for (std::int64_t c = 0; c < count; ++c)
         y[i * count + c] = scale[c] * y[i * count + c] + alpha[c] * x[i * count + c];
