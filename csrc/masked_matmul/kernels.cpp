@@ -314,9 +314,12 @@ struct Single {
         T sum[chains] = {};
         std::int64_t e = runs.starts[l];
         const std::int64_t end = runs.starts[l + 1];
-        for (; e + chains <= end; e += chains)
+        for (; e + chains <= end; e += chains) {
+          __builtin_prefetch(values + e + 512);
+          __builtin_prefetch(indices + e + 1024);
 #pragma GCC unroll 8
           for (int c = 0; c < chains; ++c) sum[c] += values[e + c] * start[indices[e + c]];
+        }
         for (; e < end; ++e) sum[0] += values[e] * start[indices[e]];
         const T total =
             ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
