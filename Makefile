@@ -71,7 +71,7 @@ SITE := build/asan-ubsan/site
 test-asan: $(VENV)/requirements  ## run the tests of the compiled code under ASan and UBSan
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset asan-ubsan
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset asan-ubsan
-	cp -rsf $(CURDIR)/python/jacpot $(SITE)/ && find $(SITE)/jacpot -maxdepth 1 -name '_core*' -type l -delete
+	find $(SITE) -type l -delete && cp -rsn $(CURDIR)/python/jacpot $(SITE)/
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitizer \
 	  $(BIN)/python tools/run_from.py $(SITE) -m pytest --timeout 1800 $(or $(PYTEST_ARGS),tests/core tests/ops)
