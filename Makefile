@@ -74,7 +74,7 @@ test-asan: $(VENV)/requirements  ## run the tests of the compiled code under ASa
 	find $(SITE) -type l -delete && cp -rsn $(CURDIR)/python/jacpot $(SITE)/
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitizer \
-	  $(BIN)/python tools/run_from.py $(SITE) -m pytest --timeout 1800 $(or $(PYTEST_ARGS),tests/core tests/ops)
+	  $(BIN)/python tools/run_from.py $(SITE) -m pytest --capture=sys --timeout 1800 $(or $(PYTEST_ARGS),tests/core tests/ops)
 
 bench: $(VENV)/installed  ## run the benchmarks of the primitives, peers alongside
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done

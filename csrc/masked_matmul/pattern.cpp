@@ -344,7 +344,7 @@ Status expand(const Pattern& pattern, int element_bytes, const void* values, voi
     for_each_entry(pattern, static_cast<const Element*>(values), threads,
                    [&](std::int64_t r, const auto* columns, const Element* in, std::int64_t count) {
                      Element* row = static_cast<Element*>(weight) + r * width;
-                     std::memset(row, 0, static_cast<std::size_t>(width) * sizeof(Element));
+                     std::fill_n(row, width, Element{});
                      for (std::int64_t k = 0; k < count; ++k) row[columns[k]] = in[k];
                    });
   });
