@@ -276,6 +276,27 @@ void random_signs(std::int64_t seed, std::int64_t offset, std::int64_t first, py
   });
 }
 
+// out (M, dim) += rows (M, P) times a sparse matrix of signs for parameters [offset, offset + P)
+void sparse_sketch(py::handle rows, std::int64_t seed, std::int64_t offset, std::int64_t nonzeros,
+                   py::handle out, int threads) {
+  const Array from(rows, "rows"), result(out, "out", Access::write);
+  from.expect_cpu().expect_like(result).expect_shape({Array::any, Array::any});
+  const std::int64_t m = from.shape(0), dim = result.expect_shape({m, Array::any}).shape(1);
+  if (nonzeros < 1 || nonzeros > dim)
+    throw py::value_error("argument 'nonzeros' must lie between 1 and the columns of 'out'");
+  dispatch_float(result, [&]<class T>() {
+    T* to = result.contiguous_data<T>();
+    const T* data = from.contiguous_data<T>();
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = add_sparse_sketch<T>(data, m, from.shape(1), static_cast<std::uint64_t>(seed),
+                                    offset, nonzeros, dim, to, checked_threads(threads));
+    }
+    raise_if_failed(status, "sketch");
+  });
+}
+
 // out (N, T, I): x (N, ...) at places (T,) + offsets (I,), counted in an example's elements.
 void gather_windows(py::handle x, py::handle places, py::handle offsets, py::handle out,
                     int threads) {
@@ -345,6 +366,9 @@ void bind_jacobian(py::module_& m) {
         py::arg("threads"), "The product of a layer's transposed Jacobian with vectors.");
   m.def("jacobian_rows", &rows_of_factors, py::arg("factors"), py::arg("out"), py::arg("offset"),
         py::arg("threads"), "Writes the rows of a layer.");
+  m.def("jacobian_sparse_sketch", &sparse_sketch, py::arg("rows"), py::arg("seed"),
+        py::arg("offset"), py::arg("nonzeros"), py::arg("out"), py::arg("threads"),
+        "Adds rows times a sparse matrix of random signs.");
   m.def("jacobian_windows", &gather_windows, py::arg("x"), py::arg("places"), py::arg("offsets"),
         py::arg("out"), py::arg("threads"), "Copies what a convolution's kernel is laid on.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("out"),

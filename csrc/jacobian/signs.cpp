@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/parallel.hpp"
+#include "common/scratch.hpp"
 
 namespace jacpot {
 namespace {
@@ -37,6 +38,43 @@ void signs(std::uint64_t seed, std::int64_t offset, std::int64_t count, std::int
   });
 }
 
+template <class T>
+Status add_sparse_sketch(const T* rows, std::int64_t m, std::int64_t count, std::uint64_t seed,
+                         std::int64_t offset, std::int64_t nonzeros, std::int64_t dim, T* out,
+                         int threads) {
+  // Column of each entry, twice, plus one where the sign is negative: drawn once for all rows.
+  const Scratch<std::int64_t> entries = allocate_scratch<std::int64_t>(count * nonzeros);
+  if (!entries) return {Code::out_of_memory, "not enough memory for the sketch"};
+  constexpr std::int64_t tile = 1024;
+  parallel_for(threads, (count + tile - 1) / tile, [&](std::int64_t task) {
+    for (std::int64_t p = task * tile; p < std::min(count, (task + 1) * tile); ++p) {
+      const std::uint64_t own = mix(seed + static_cast<std::uint64_t>(offset + p));
+      for (std::int64_t c = 0; c < nonzeros; ++c) {
+        const std::uint64_t bits = mix(own + static_cast<std::uint64_t>(c));
+        const std::int64_t begin = dim * c / nonzeros, end = dim * (c + 1) / nonzeros;
+        const auto inside = static_cast<std::int64_t>(
+            ((bits >> 32) * static_cast<std::uint64_t>(end - begin)) >> 32);
+        entries[p * nonzeros + c] = 2 * (begin + inside) + static_cast<std::int64_t>(bits & 1);
+      }
+    }
+  });
+  parallel_for(threads, m, [&](std::int64_t row) {
+    T* to = out + row * dim;
+    for (std::int64_t p = 0; p < count; ++p) {
+      const T signed_values[2] = {rows[row * count + p], -rows[row * count + p]};
+      for (std::int64_t c = 0; c < nonzeros; ++c) {
+        const std::int64_t entry = entries[p * nonzeros + c];
+        to[entry / 2] += signed_values[entry % 2];
+      }
+    }
+  });
+  return {};
+}
+
+template Status add_sparse_sketch<float>(const float*, std::int64_t, std::int64_t, std::uint64_t,
+                                         std::int64_t, std::int64_t, std::int64_t, float*, int);
+template Status add_sparse_sketch<double>(const double*, std::int64_t, std::int64_t, std::uint64_t,
+                                          std::int64_t, std::int64_t, std::int64_t, double*, int);
 template void signs<float>(std::uint64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                            float*, int);
 template void signs<double>(std::uint64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,

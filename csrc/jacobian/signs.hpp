@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/status.hpp"
+
 namespace jacpot {
 
 // out[d - first, p - offset] = ±1 for parameters [offset, offset + count) and columns [first,
@@ -11,5 +13,13 @@ namespace jacpot {
 template <class T>
 void signs(std::uint64_t seed, std::int64_t offset, std::int64_t count, std::int64_t first,
            std::int64_t last, T* out, int threads);
+
+// out (m, dim) += rows (m, count) · S for parameters [offset, offset + count), where every row of S
+// has `nonzeros` entries ±1, one in each of as many equal parts of the columns (Kane and Nelson,
+// Sparser Johnson-Lindenstrauss transforms, 2014).
+template <class T>
+Status add_sparse_sketch(const T* rows, std::int64_t m, std::int64_t count, std::uint64_t seed,
+                         std::int64_t offset, std::int64_t nonzeros, std::int64_t dim, T* out,
+                         int threads);
 
 }  // namespace jacpot

@@ -26,6 +26,7 @@ __all__: list[str] = [
     "jacobian_mirror",
     "jacobian_rows",
     "jacobian_signs",
+    "jacobian_sparse_sketch",
     "jacobian_vjp",
     "jacobian_windows",
     "krylov_solve",
@@ -164,6 +165,18 @@ def jacobian_signs(
 ) -> None:
     """
     Random signs that depend on their position and the seed alone.
+    """
+
+def jacobian_sparse_sketch(
+    rows: typing.Any,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    offset: typing.SupportsInt | typing.SupportsIndex,
+    nonzeros: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Adds rows times a sparse matrix of random signs.
     """
 
 def jacobian_vjp(

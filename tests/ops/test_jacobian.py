@@ -152,9 +152,22 @@ def test_sketch_is_one_matrix_of_signs(any_device, problem, dim, seed):
     assert_close(ops.sketch(others, dim, seed), j_others @ signs, dtype)
 
 
-def test_sketch_keeps_norms():
+@given(problems(), st.integers(1, 130), st.integers(-(2**63), 2**63 - 1))
+def test_sparse_sketch_is_one_matrix_of_few_signs(problem, dim, seed):
+    blocks, others, jacobian, j_others, dtype, _ = problem
+    p, entries = jacobian.shape[2], min(8, dim)
+    identity = ops.Rows(torch.eye(p, dtype=torch.float64)[:, None])
+    matrix = ops.sketch([identity], dim, seed, kind="sparse")[:, 0]
+    assert (matrix.ne(0).sum(1) == entries).all()
+    torch.testing.assert_close(matrix.abs().sum(1), torch.full((p,), entries**0.5).double())
+    assert_close(ops.sketch(blocks, dim, seed, kind="sparse"), jacobian @ matrix, dtype)
+    assert_close(ops.sketch(others, dim, seed, kind="sparse"), j_others @ matrix, dtype)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sparse"])
+def test_sketch_keeps_norms(kind):
     rows = ops.Rows(torch.randn(20, 3, 500, generator=torch.Generator().manual_seed(0)))
-    kept = ops.sketch([rows], 4096, seed=1).norm(dim=2) / ops.row_norms([rows])
+    kept = ops.sketch([rows], 4096, seed=1, kind=kind).norm(dim=2) / ops.row_norms([rows])
     assert (kept - 1).abs().max() < 0.06  # about five standard deviations of 1/sqrt(2 dim)
 
 

@@ -7,12 +7,12 @@ A Jacobian ``J (N, K, P)`` is a sequence of blocks side by side: :class:`Factors
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from jacpot._backend import threads
+from jacpot._backend import core, threads
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_gram import Outputs, gram
 from jacpot.ops.jacobian_kernels import kernels
@@ -22,6 +22,7 @@ __all__ = [
     "Factors",
     "Outputs",
     "Rows",
+    "SketchKind",
     "column_norms",
     "dense",
     "gram",
@@ -31,6 +32,9 @@ __all__ = [
     "vjp",
 ]
 
+SketchKind: TypeAlias = Literal["rademacher", "sparse"]
+
+SPARSE_ENTRIES = 8  # of a row of a sparse random matrix
 PANEL_ELEMENTS = 1 << 22  # of a random matrix that are held at once, about
 
 
@@ -261,9 +265,13 @@ def column_norms(blocks: Sequence[Block]) -> Any:
 
 
 def sketch(
-    blocks: Sequence[Block], dim: int, seed: int = 0, offsets: Sequence[int] | None = None
+    blocks: Sequence[Block],
+    dim: int,
+    seed: int = 0,
+    offsets: Sequence[int] | None = None,
+    kind: SketchKind = "rademacher",
 ) -> Any:
-    """Compute ``J S`` for a seeded random ``S (P, dim)`` of signs over ``√dim``.
+    """Compute ``J S`` for a seeded random ``S (P, dim)``.
 
     Norms and angles of rows are kept on average.
 
@@ -280,6 +288,10 @@ def sketch(
         Chooses ``S``, any 64-bit integer.
     offsets
         Where each block's columns begin among all parameters. None: one block after another.
+    kind
+        ``"rademacher"``: entries are signs over ``√dim`` (Achlioptas 2003). ``"sparse"``: a row has
+        eight entries, signs over ``√8``, one in each eighth of the columns (Kane & Nelson 2014), so
+        that the cost does not grow with ``dim``; on the CPU only.
 
     Returns
     -------
@@ -289,11 +301,14 @@ def sketch(
     Raises
     ------
     ValueError
-        If ``dim`` is not positive or ``offsets`` does not name every block.
+        If ``dim`` is not positive, ``offsets`` does not name every block, or ``kind`` is unknown.
+    NotImplementedError
+        If a sparse sketch of blocks on a GPU is wanted.
 
     Notes
     -----
-    Achlioptas, Database-friendly random projections, 2003.
+    Achlioptas, Database-friendly random projections, 2003. Kane & Nelson, Sparser
+    Johnson-Lindenstrauss transforms, 2014.
 
     Examples
     --------
@@ -304,6 +319,12 @@ def sketch(
     n, k, dtype = check_blocks(blocks)
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
+    if kind not in ("rademacher", "sparse"):
+        raise ValueError(f"kind must be 'rademacher' or 'sparse', got {kind!r}")
+    if kind == "sparse" and blocks[0].device.type == "cuda":
+        raise NotImplementedError(
+            "a sparse sketch is made on the CPU only: use kind='rademacher' on a GPU"
+        )
     if offsets is None:
         ends = torch.tensor([b.n_parameters for b in blocks]).cumsum(0).tolist()
         offsets = [0, *ends[:-1]]
@@ -312,14 +333,22 @@ def sketch(
             f"offsets must hold one number per block, {len(blocks)}, got {len(offsets)}"
         )
     out = torch.zeros(n, k, dim, dtype=dtype, device=blocks[0].device)
+    key = (seed + 2**63) % 2**64 - 2**63
+    if kind == "sparse":
+        nonzeros = min(SPARSE_ENTRIES, dim)
+        rows = out.view(n * k, dim)
+        for block, offset in zip(blocks, offsets, strict=True):
+            for panel in row_panels(block):
+                part = panel.flatten(0, 1).contiguous()
+                core.jacobian_sparse_sketch(part, key, offset, nonzeros, rows, threads())
+                offset += panel.shape[2]
+        return _like(out.mul_(nonzeros**-0.5), blocks)
     for block, offset in zip(blocks, offsets, strict=True):
         p = block.n_parameters
         width = max(1, PANEL_ELEMENTS // max(1, p))
         for start in range(0, dim, width):
             signs = torch.empty(min(width, dim - start), p, dtype=dtype, device=blocks[0].device)
-            kernels(signs).jacobian_signs(
-                (seed + 2**63) % 2**64 - 2**63, offset, start, signs, threads()
-            )
+            kernels(signs).jacobian_signs(key, offset, start, signs, threads())
             if isinstance(block, Rows):
                 part = block.rows @ signs.T
             else:

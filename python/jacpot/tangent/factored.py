@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jacpot.ops import jacobian as kernels
-from jacpot.ops.jacobian import Block, Outputs
+from jacpot.ops.jacobian import Block, Outputs, SketchKind
 from jacpot.tangent.assemble import Columns
 
 __all__ = ["Jacobian", "joined"]
@@ -233,7 +233,7 @@ class Jacobian:
         norms: Tensor = kernels.column_norms(self.blocks)
         return self.from_blocks(torch.split(norms, [block.n_parameters for block in self.blocks]))
 
-    def sketch(self, dim: int, seed: int = 0) -> Tensor:
+    def sketch(self, dim: int, seed: int = 0, kind: SketchKind = "rademacher") -> Tensor:
         """Project the rows by a seeded random matrix, ``(N, K, dim)``.
 
         Parameters
@@ -242,13 +242,17 @@ class Jacobian:
             How many columns are left.
         seed
             Chooses the matrix, which depends on neither the examples nor how they are batched.
+        kind
+            ``"rademacher"``: signs over ``√dim``. ``"sparse"``: eight signs over ``√8`` for each
+            parameter, whose cost does not grow with ``dim``; on the CPU only.
 
         Returns
         -------
         Tensor
             ``J S`` with ``E[S Sᵀ] = I``.
         """
-        return kernels.sketch(self.blocks or [self._nothing()], dim, seed)  # type: ignore[no-any-return]
+        blocks = self.blocks or [self._nothing()]
+        return kernels.sketch(blocks, dim, seed, kind=kind)  # type: ignore[no-any-return]
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Give J as a SciPy operator ``(N·K, P)`` on NumPy arrays.
