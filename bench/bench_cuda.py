@@ -15,22 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Report, cuda_clock, parser, wall_clock
+from harness import CACHE_BYTES, Report, parser, set_up
 
 import jacpot
 from jacpot.ops import jacobian as ops
-
-CACHE_BYTES = 128 << 20  # more than the L2 of any GPU covered
-
-
-def why_not() -> str | None:
-    """Why nothing can be measured on a GPU here, or None."""
-    info = jacpot.build_info()
-    if info["cuda_built"] is None:
-        return "this jacpot was built without CUDA"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU, or was built without CUDA"
-    return None
 
 
 def rotating(make: Callable[[], Any], size: int, device: str) -> Callable[[], Any]:
@@ -142,18 +130,11 @@ def kernel_solve(report: Report, device: str, small: bool, timing: dict[str, Any
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    arguments = options.parse_args()
+    arguments = parser(__doc__, device="cuda").parse_args()
+    set_up(arguments)
     device = arguments.device
-    if device == "cuda" and (reason := why_not()) is not None:
-        print(f"skipped: {reason}")
-        return 0
     small = arguments.quick or device == "cpu"
-    timing = {
-        "clock": cuda_clock if device == "cuda" else wall_clock,
-        "budget": 0.2 if small else 3.0,
-    }
+    timing = {"budget": 0.2 if small else 3.0}
     report = Report(f"CUDA kernels on {device}")
     sparse_products(report, device, small, timing)
     gram_matrices(report, device, small, timing)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Report, parser
+from harness import Report, parser, set_up
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
@@ -62,7 +62,8 @@ def mnist(n: int) -> tuple[Tensor, ...]:
         pixels = torch.as_tensor(x).float().flatten(1)
         if float(pixels.max()) > 2:
             pixels = (pixels / 255 - 0.1307) / 0.3081
-        out += [pixels, torch.as_tensor(labels).long()]
+        device = torch.get_default_device()
+        out += [pixels.to(device), torch.as_tensor(labels).long().to(device)]
     return tuple(out)
 
 
@@ -153,7 +154,7 @@ def main() -> None:
     options.add_argument("--patience", type=float, default=12.0)
     options.add_argument("--progress", action="store_true", help="print every tenth iteration")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     report = Report("Tangent-space fits, MNIST")
     for name in arguments.case or ["small"]:
         row = {

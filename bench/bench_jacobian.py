@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from bench_ntk import masked_module, mlp
-from harness import Report, parser
+from harness import Report, parser, set_up
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
@@ -171,7 +171,7 @@ def main() -> None:
     options.add_argument("--case", action="append", choices=CASES, help="default: all")
     options.add_argument("--budget", type=float, default=8.0, help="seconds of a comparison")
     chosen = options.parse_args()
-    torch.set_num_threads(chosen.threads)
+    set_up(chosen)
     budget = 1.0 if chosen.quick else chosen.budget
     report = Report("Jacobians, float32", path=chosen.json)
     for case in chosen.case or CASES:

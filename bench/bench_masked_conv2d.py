@@ -6,7 +6,7 @@ python bench/bench_masked_conv2d.py --json runs/masked_conv2d.json
 from __future__ import annotations
 
 import torch
-from harness import Report, parser
+from harness import Report, parser, set_up
 from torch.nn import functional
 
 import jacpot
@@ -48,7 +48,7 @@ def contenders(batch: int, channels: int, image: int, zeros: float, backward: bo
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     report = Report(f"masked_conv2d 3x3, {arguments.threads} threads, float32")
     sizes = [(8, 32, 16)] if arguments.quick else [(32, 64, 32), (32, 128, 16), (32, 256, 8)]
     for batch, channels, image in sizes:

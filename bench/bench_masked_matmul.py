@@ -1,4 +1,4 @@
-"""Sparse masked product against dense with a mask, PyTorch's CSR and SciPy's CSR (CPU).
+"""Sparse masked product against dense with a mask, PyTorch's CSR and SciPy's CSR.
 
 python bench/bench_masked_matmul.py --json runs/masked_matmul.json --plot runs/masked_matmul.png
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import scipy.sparse
 import torch
-from harness import Report, parser
+from harness import Report, on_gpu, parser, set_up
 from torch.nn import functional
 
 import jacpot
@@ -39,8 +39,8 @@ def forward(n: int, size: int, zeros: float) -> dict:
     x, values, pattern, weight, mask = (p[k] for k in ("x", "values", "pattern", "weight", "mask"))
     columns = x.t().contiguous()
     by_feature = columns.t()
-    csr, other = weight.to_sparse_csr(), scipy.sparse.csr_array(weight.numpy())
-    return {
+    csr = weight.to_sparse_csr()
+    contenders = {
         "jacpot": lambda: jacpot.masked_matmul(x, values, pattern, method="sparse"),
         "jacpot feature": lambda: jacpot.masked_matmul(
             by_feature, values, pattern, layout="feature", method="sparse"
@@ -48,8 +48,11 @@ def forward(n: int, size: int, zeros: float) -> dict:
         "dense x mask": lambda: functional.linear(x, weight * mask),
         "dense, masked before": lambda: functional.linear(x, weight),
         "torch CSR": lambda: (csr @ columns).t(),
-        "SciPy CSR": lambda: torch.from_numpy(other @ columns.numpy()).t(),
     }
+    if not on_gpu():
+        other = scipy.sparse.csr_array(weight.numpy())
+        contenders["SciPy CSR"] = lambda: torch.from_numpy(other @ columns.numpy()).t()
+    return contenders
 
 
 def backward(n: int, size: int, zeros: float) -> dict:
@@ -105,11 +108,11 @@ def main() -> None:
     options.add_argument("--plot", type=Path, help="speed-up over sparsity, as an image")
     options.add_argument("--isa", help="force an instruction set")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     if arguments.isa:
         assert jacpot._backend.core.force_isa(arguments.isa), arguments.isa
     budget = 0.3 if arguments.quick else 1.5
-    report = Report(f"masked_matmul, {arguments.threads} threads, float32")
+    report = Report(f"masked_matmul, {arguments.threads} threads, {arguments.device}, float32")
     sizes = [(256, 1024)] if arguments.quick else [(256, 1024), (1024, 4096)]
     for n, size in sizes:
         for zeros in (0.9, 0.99):
@@ -123,7 +126,7 @@ def main() -> None:
         report.compare(f"forward N={n} 4096x4096 90%", forward(n, 4096, 0.9), budget=budget)
     for zeros in (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99):
         contenders = forward(256, 1024, zeros)
-        del contenders["SciPy CSR"]
+        contenders.pop("SciPy CSR", None)
         flops = 2 * (1 - zeros) * 1024 * 1024 * 256
         report.compare(f"sweep N=256 1024x1024 {zeros:.0%}", contenders, flops=flops, budget=0.4)
     report.show()

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from harness import Report, max_error, parser
+from harness import Report, max_error, on_gpu, parser, set_up
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import jacpot
-from jacpot._backend import core
+from jacpot.ops.jacobian_kernels import kernels
 
 JAX = os.environ.get("JACPOT_BENCH_JAX", "")
 
@@ -114,9 +114,9 @@ def symmetric_products(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         for a in activations:
-            core.jacobian_add_row_products(a, None, small)
+            kernels(small).jacobian_add_row_products(a, None, small)
         for s in signals:
-            core.jacobian_add_row_products(s, None, large)
+            kernels(large).jacobian_add_row_products(s, None, large)
 
     return run
 
@@ -165,7 +165,9 @@ def masked_module(module: nn.Module, density: float) -> dict[str, Tensor]:
     masks = {}
     for name, p in module.named_parameters():
         if p.ndim > 1:
-            masks[name] = torch.rand(p.shape, generator=generator) < density
+            masks[name] = (
+                torch.rand(p.shape, generator=generator, device="cpu").to(p.device) < density
+            )
             p.data *= masks[name]
     return masks
 
@@ -224,10 +226,10 @@ def run(report: Report, case: str, options: object) -> None:
     if outputs == "full":
         contenders["plain torch"] = lambda: by_plain_torch(module, x)
     peer = None
-    if JAX and case != "resnet18-64":
+    if JAX and case != "resnet18-64" and not on_gpu():
         peer = NeuralTangents(module, x, outputs, options.threads)
         contenders["neural-tangents"] = peer
-    elif case != "resnet18-64":
+    elif case != "resnet18-64" and not on_gpu():
         print(f"{case}: neural-tangents is left out; JACPOT_BENCH_JAX names no Python that has it")
     try:
         report.compare(
@@ -277,7 +279,7 @@ def main() -> None:
     options.add_argument("--slow", action="store_true", help="peers that take minutes as well")
     chosen = options.parse_args()
     chosen.rounds = 3 if chosen.quick else 50
-    torch.set_num_threads(chosen.threads)
+    set_up(chosen)
     report = Report("Tangent kernels, float32, capture included", path=chosen.json)
     for case in chosen.case or CASES:
         run(report, case, chosen)

@@ -2,43 +2,53 @@
 
     python bench/bench_solve.py [--quick] [--json FILE]
 
-Peers: SciPy (cg, cho_factor), and linear_operator's linear_cg where it is installed.
+Peers: SciPy (cg, cho_factor; on a GPU torch's Cholesky), and linear_operator's linear_cg where it
+is installed.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
-from harness import Report, parser
+from harness import Report, on_gpu, parser, set_up
 
 import jacpot
 from jacpot.linalg import solve_path
 
 
 def kernel(size: int, dtype: torch.dtype) -> torch.Tensor:
-    points = torch.rand(size, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = random(torch.rand, 0, size, 8)
     return torch.exp(-torch.cdist(points, points)).to(dtype)
+
+
+def random(draw: Callable[..., torch.Tensor], seed: int, *shape: int) -> torch.Tensor:
+    """Draw the same float64 numbers on every device."""
+    options = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
+    return draw(*shape, dtype=torch.float64, **options).to(torch.get_default_device())
 
 
 def conjugate_gradients(report: Report, size: int) -> None:
     """Time the same number of iterations everywhere, so that stopping rules do not matter."""
     iterations, ridge = 100, 1e-4
     a = kernel(size, torch.float32) + ridge * torch.eye(size)
-    b = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    array, right = a.numpy(), b.numpy()
+    b = random(torch.randn, 1, size).float()
 
     def ours():
         options = {"method": "cg", "tol": 1e-14, "max_iter": iterations}
         return jacpot.solve(a, b, **options).x
 
-    def scipy_cg():
-        return scipy.sparse.linalg.cg(array, right, rtol=1e-14, maxiter=iterations)[0]
-
-    contenders = {"jacpot": ours, "scipy cg": scipy_cg}
+    contenders = {"jacpot": ours}
+    if not on_gpu():
+        array, right = a.numpy(), b.numpy()
+        contenders["scipy cg"] = lambda: scipy.sparse.linalg.cg(
+            array, right, rtol=1e-14, maxiter=iterations
+        )[0]
     try:
         from linear_operator.utils.linear_cg import linear_cg
     except ImportError:
@@ -59,17 +69,21 @@ def conjugate_gradients(report: Report, size: int) -> None:
 
 def direct(report: Report, size: int) -> None:
     a, ridge = kernel(size, torch.float64), 1e-2
-    b = torch.randn(size, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    array, right, eye = a.numpy(), b.numpy(), numpy.eye(size)
+    b = random(torch.randn, 1, size, 10)
+    eye = torch.eye(size, dtype=torch.float64)
+    peer = "torch cholesky" if on_gpu() else "scipy cholesky"
 
-    def cholesky(value: float) -> numpy.ndarray:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(array + value * eye), right)
+    def cholesky(value: float) -> Any:
+        if on_gpu():
+            return torch.cholesky_solve(b, torch.linalg.cholesky(a + value * eye))
+        damped = (a + value * eye).numpy()
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(damped), b.numpy())
 
     report.compare(
         f"Cholesky, {size} x {size}, 10 right-hand sides, residual 1e-10",
         {
             "jacpot": lambda: jacpot.solve(a, b, damping=ridge, tol=1e-10).raise_if_failed().x,
-            "scipy cholesky": lambda: cholesky(ridge),
+            peer: lambda: cholesky(ridge),
         },
         tolerance=1e-7,
         min_rounds=3,
@@ -81,7 +95,7 @@ def direct(report: Report, size: int) -> None:
 
     report.compare(
         f"path of 20 ridges, {size} x {size}, 10 right-hand sides, residual 1e-8",
-        {"jacpot": path, "scipy cholesky": lambda: [cholesky(ridge) for ridge in ridges]},
+        {"jacpot": path, peer: lambda: [cholesky(ridge) for ridge in ridges]},
         tolerance=1e-5,
         min_rounds=1,
         budget=1.0,
@@ -90,7 +104,7 @@ def direct(report: Report, size: int) -> None:
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     report = Report("Dense systems")
     conjugate_gradients(report, 300 if arguments.quick else 1000)
     direct(report, 500 if arguments.quick else 4000)

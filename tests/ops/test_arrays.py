@@ -11,16 +11,19 @@ import scipy.sparse
 import torch
 
 import jacpot
+from jacpot.ops import jacobian as ops
 from jacpot.ops.arrays import as_tensor, like
 
 DEVICE_OF_CPU = (1, 0)
 
 
 class Array:
-    """What of a CuPy array the library sees: DLPack, and the name of its module."""
+    """What of a CuPy array the library sees."""
 
     def __init__(self, tensor):
         self.tensor = tensor
+        self.shape, self.ndim = tuple(tensor.shape), tensor.ndim
+        self.dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
 
     def __dlpack__(self, **keywords):
         return self.tensor.__dlpack__()
@@ -60,6 +63,57 @@ def test_cupy_in_cupy_out(cupy):
     y = jacpot.masked_matmul(Array(x), Array(torch.ones(3)), pattern)
     assert isinstance(y, Array)
     assert torch.equal(y.tensor, torch.tensor([[4.0, 3.0]]))
+
+
+def test_jacobians_of_cupy_arrays(cupy):
+    a, s = torch.randn(3, 1, 1, 4), torch.randn(3, 2, 1, 1, 5)
+    theirs, ours = [ops.Factors(Array(a), Array(s))], [ops.Factors(a, s)]
+    v, u = torch.randn(20), torch.randn(3, 2)
+    for got, expected in (
+        (ops.jvp(theirs, [Array(v)]), ops.jvp(ours, [v])),
+        (ops.vjp(theirs, Array(u))[0], ops.vjp(ours, u)[0]),
+        (ops.gram(theirs), ops.gram(ours)),
+        (ops.dense(theirs), ops.dense(ours)),
+        (ops.row_norms(theirs), ops.row_norms(ours)),
+        (ops.sketch(theirs, 8), ops.sketch(ours, 8)),
+    ):
+        assert isinstance(got, Array)
+        assert torch.equal(got.tensor, expected)
+    out = torch.zeros(3, 3)
+    given = Array(out)
+    assert ops.gram(theirs, outputs="trace", out=given) is given
+    assert torch.equal(out, ops.gram(ours, outputs="trace"))
+
+
+class Operator(Array):
+    """A matrix of CuPy, as far as `solve` looks at it."""
+
+    @property
+    def T(self):
+        return Operator(self.tensor.T)
+
+    def __matmul__(self, x):
+        return Array(self.tensor @ x.tensor)
+
+
+Operator.__module__ = "cupyx.scipy.sparse"
+
+
+def test_solve_with_cupy_arrays(cupy):
+    matrix = torch.tensor([[4.0, 1.0], [1.0, 3.0]]).double()
+    rhs = torch.tensor([1.0, 2.0]).double()
+    expected = torch.linalg.solve(matrix, rhs)
+
+    def function(v):
+        assert isinstance(v, Array)
+        return Array(matrix @ v.tensor)
+
+    right = Array(rhs)
+    for operator in (Array(matrix), Operator(matrix), function):
+        solution = jacpot.solve(operator, right, tol=1e-12)
+        assert solution.converged
+        assert isinstance(solution.x, Array)
+        torch.testing.assert_close(solution.x.tensor, expected)
 
 
 @pytest.mark.parametrize("make", [scipy.sparse.csr_array, scipy.sparse.coo_matrix])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["as_kind", "as_tensor", "is_cupy", "kind_of", "like", "mask_of_sparse"]
+__all__ = ["Kind", "as_kind", "as_tensor", "is_cupy", "kind_of", "like", "mask_of_sparse"]
 
 Kind: TypeAlias = Literal["torch", "numpy", "cupy"]
 

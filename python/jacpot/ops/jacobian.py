@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jacpot._backend import core, threads
+from jacpot.ops.arrays import as_kind, as_tensor
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_gram import Outputs, gram
 from jacpot.ops.jacobian_kernels import kernels
@@ -39,13 +40,13 @@ PANEL_ELEMENTS = 1 << 22  # of a random matrix that are held at once, about
 
 
 def _like(result: Tensor, blocks: Sequence[Block]) -> Any:
-    """Give the result as a NumPy array if the blocks were given as such."""
-    return result.numpy() if blocks[0].is_numpy else result
+    """Give the result as the kind of array that the blocks were given as."""
+    return as_kind(result, blocks[0].kind)
 
 
 def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
     """Give a block's right-hand sides as ``(P_block, R)``."""
-    tensor = torch.as_tensor(vector)
+    tensor = as_tensor(vector)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype} like the blocks, got {tensor.dtype}")
     if tensor.device != device:
@@ -148,7 +149,7 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
     [tensor([1., 2., 3.])]
     """
     n, k, dtype = check_blocks(blocks)
-    tensor = torch.as_tensor(u)
+    tensor = as_tensor(u)
     if tensor.dtype != dtype:
         raise TypeError(f"u must be {dtype} like the blocks, got {tensor.dtype}")
     if tensor.device != blocks[0].device:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jacpot._backend import threads
+from jacpot.ops.arrays import Kind, as_tensor, is_cupy, kind_of
 from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = ["Block", "Factors", "KeptWeights", "Rows", "check_blocks", "row_panels"]
@@ -41,11 +42,13 @@ class KeptWeights(Protocol):
 
 def _tensor(array: Any, name: str, rank: int) -> Tensor:
     """Give the argument as a tensor that shares its memory, or a refusal that names it."""
-    tensor = torch.from_numpy(array) if isinstance(array, numpy.ndarray) else array
-    if not isinstance(tensor, Tensor):
+    ours = isinstance(array, Tensor | numpy.ndarray) or is_cupy(array)
+    if not ours:
         raise TypeError(
-            f"{name} must be a torch.Tensor or numpy.ndarray, got {type(array).__name__}"
+            f"{name} must be a torch.Tensor, numpy.ndarray or cupy.ndarray, "
+            f"got {type(array).__name__}"
         )
+    tensor = as_tensor(array)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
@@ -89,10 +92,10 @@ class Factors:
     signals: Tensor
     pattern: KeptWeights | None = None
     bias: bool = False
-    is_numpy: bool = field(init=False, default=False)
+    kind: Kind = field(init=False, default="torch")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_numpy", isinstance(self.activations, numpy.ndarray))
+        object.__setattr__(self, "kind", kind_of(self.activations))
         a = _tensor(self.activations, "activations", 4)
         s = _tensor(self.signals, "signals", 5)
         if a.dtype != s.dtype:
@@ -230,10 +233,10 @@ class Rows:
     """
 
     rows: Tensor
-    is_numpy: bool = field(init=False, default=False)
+    kind: Kind = field(init=False, default="torch")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_numpy", isinstance(self.rows, numpy.ndarray))
+        object.__setattr__(self, "kind", kind_of(self.rows))
         object.__setattr__(self, "rows", _tensor(self.rows, "rows", 3))
 
     @property

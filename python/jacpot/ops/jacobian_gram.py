@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jacpot._backend import threads
+from jacpot.ops.arrays import as_kind, as_tensor
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_kernels import kernels
 
@@ -75,7 +76,7 @@ def gram(
     if out is None:
         result = torch.empty(shape, dtype=dtype, device=left[0].device)
     else:
-        result = torch.as_tensor(out)
+        result = as_tensor(out)
         if result.dtype != dtype:
             raise TypeError(f"out must be {dtype}, got {result.dtype}")
         if result.device != left[0].device:
@@ -104,7 +105,7 @@ def gram(
         else:
             rows = n * k if outputs == "full" else n
             kernels(result).jacobian_mirror(result.view(rows, rows), threads())
-    return (result.numpy() if left[0].is_numpy else result) if out is None else out
+    return as_kind(result, left[0].kind) if out is None else out
 
 
 def pairwise_is_cheaper(

@@ -194,4 +194,4 @@ class Pattern:
 
 
 def _allocate(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -214,7 +214,7 @@ def _batches(n: int, size: int | None, seed: int) -> Iterator[slice | Tensor]:
         raise ValueError(f"argument 'batch_size' must be at least 1, got {size}")
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator, device="cpu")
         yield from (order[i : i + size] for i in range(0, n - n % size, size))
 
 

@@ -89,7 +89,11 @@ class Posterior:
         generator = torch.Generator().manual_seed(seed)
         exact = self._jacobian.double()
         rows, columns = exact.shape
-        options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+        options: dict[str, Any] = {
+            "generator": generator,
+            "dtype": torch.float64,
+            "device": "cpu",
+        }
         # Drawn on the CPU, so that a seed means the same on every device.
         prior = torch.randn(columns, count, **options).to(exact.device)
         noise = torch.randn(rows, count, **options).to(exact.device) * self.noise**0.5

@@ -200,7 +200,7 @@ class Mask(Mapping[str, Tensor]):
         generator = torch.Generator().manual_seed(seed)
         shuffled = {}
         for name, mask in self._masks.items():
-            order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
+            order = torch.randperm(mask.numel(), generator=generator, device="cpu").to(mask.device)
             shuffled[name] = mask.flatten()[order].view_as(mask)
         return Mask(shuffled)
 

@@ -62,7 +62,7 @@ class Nystrom(Preconditioner):
         """Give Fᵀ (r, n), ``F Fᵀ ≈ A``, from ``rank`` columns."""
         n, group = operator.shape[0], operator.column_group
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n // group, generator=generator).to(operator.device)
+        order = torch.randperm(n // group, generator=generator, device="cpu").to(operator.device)
         return nystrom_factor(operator, _indices(order, min(rank, n), group))
 
     def _choose_rank(self, operator: LinearOperator, damping: float, limit: int) -> tuple[int, str]:
@@ -71,7 +71,7 @@ class Nystrom(Preconditioner):
         if pilot < group:
             return 0, "the matrix is too small"
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n // group, generator=generator).to(operator.device)
+        order = torch.randperm(n // group, generator=generator, device="cpu").to(operator.device)
         indices = _indices(order, pilot, group)
         start = time.perf_counter()
         columns = operator.columns(indices)

@@ -33,6 +33,6 @@ def random(
     """Uniform numbers from a generator of their own: random pruning, the baseline of all others."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.rand(weight.shape, generator=generator).to(weight.device)
+        name: torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device)
         for name, weight in scored_parameters(module, mask).items()
     }
