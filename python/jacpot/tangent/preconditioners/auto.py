@@ -13,7 +13,7 @@ from jacpot.tangent.preconditioners.trace_kernel import TraceKernel
 __all__ = ["Auto"]
 
 DIRECT_SIZE = 4000  # a matrix of this size is written out and factored in about a second
-TRACE_EXAMPLES = 20_000  # the N x N factor takes 1.6 GB there
+TRACE_EXAMPLES = 5_000  # beyond, the N x N factor costs more a product than the kernel itself
 SMALL_RIDGE = 0.02  # of the mean diagonal; below, low rank alone leaves too much
 
 
