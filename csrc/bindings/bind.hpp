@@ -10,6 +10,7 @@ void bind_cuda(pybind11::module_& m);
 void bind_krylov(pybind11::module_& m);
 void bind_masked_matmul(pybind11::module_& m);
 void bind_jacobian(pybind11::module_& m);
+void bind_jacobian_operator(pybind11::module_& m);
 void bind_subset_sum(pybind11::module_& m);
 
 }  // namespace jacpot

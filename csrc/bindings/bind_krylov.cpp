@@ -154,6 +154,23 @@ class Monitor {
   Clock::time_point signals_seen_ = start_;
 };
 
+// out = A · x, or Aᵀ · x
+void apply(const Operator& a, py::handle x, py::handle out, bool transposed, bool full) {
+  const Array from(x, "x"), to(out, "out", Access::write);
+  from.expect_cpu().expect_shape({transposed ? a.rows() : a.columns(), Array::any});
+  to.expect_cpu().expect_shape({transposed ? a.columns() : a.rows(), from.shape(1)});
+  const auto* x_data = from.contiguous_data<const double>();
+  auto* out_data = to.contiguous_data<double>();
+  const Accuracy accuracy = full ? Accuracy::full : Accuracy::working;
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = transposed ? a.apply_transposed(x_data, out_data, from.shape(1), accuracy)
+                        : a.apply(x_data, out_data, from.shape(1), accuracy);
+  }
+  raise_pending_or(status, "apply");
+}
+
 const char* outcome_name(krylov::Outcome outcome) {
   using krylov::Outcome;
   switch (outcome) {
@@ -229,7 +246,9 @@ py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py:
 void bind_krylov(py::module_& m) {
   py::class_<Operator>(m, "Operator", "A matrix that the solvers know by its products.")
       .def_property_readonly("rows", &Operator::rows)
-      .def_property_readonly("columns", &Operator::columns);
+      .def_property_readonly("columns", &Operator::columns)
+      .def("apply", &apply, py::arg("x"), py::arg("out"), py::arg("transposed"), py::arg("full"),
+           "Multiplies x by the matrix or its transpose.");
   py::class_<Dense, Operator>(m, "DenseOperator", "A dense float32 or float64 matrix.")
       .def(py::init<py::handle, bool, int>(), py::arg("matrix"), py::arg("symmetric"),
            py::arg("threads"));

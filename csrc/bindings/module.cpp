@@ -10,5 +10,6 @@ PYBIND11_MODULE(_core, m) {
   jacpot::bind_krylov(m);
   jacpot::bind_masked_matmul(m);
   jacpot::bind_jacobian(m);
+  jacpot::bind_jacobian_operator(m);
   jacpot::bind_subset_sum(m);
 }

@@ -12,6 +12,7 @@ import typing_extensions
 __all__: list[str] = [
     "CallbackOperator",
     "DenseOperator",
+    "JacobianOperator",
     "Operator",
     "build_info",
     "compile_pattern",
@@ -44,6 +45,10 @@ class Operator:
     """
     A matrix that the solvers know by its products.
     """
+    def apply(self, x: typing.Any, out: typing.Any, transposed: bool, full: bool) -> None:
+        """
+        Multiplies x by the matrix or its transpose.
+        """
     @property
     def columns(self) -> int: ...
     @property
@@ -72,6 +77,19 @@ class CallbackOperator(Operator):
         apply_transposed: typing.Any,
         roundoff_working: typing.SupportsFloat | typing.SupportsIndex,
         roundoff_full: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+
+class JacobianOperator(Operator):
+    """
+    J, J Jᵀ or Jᵀ J of a Jacobian that is given as blocks.
+    """
+    def __init__(
+        self,
+        form: str,
+        blocks: list,
+        outputs: typing.SupportsInt | typing.SupportsIndex,
+        exact: typing.Any,
+        threads: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
 def build_info() -> dict:

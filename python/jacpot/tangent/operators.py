@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacpot._backend import core, threads
 from jacpot.linalg import LinearOperator
 from jacpot.ops.jacobian import (
     Block,
@@ -124,6 +125,26 @@ class JacobianOperator(LinearOperator):
         for begin in range(0, max(1, self.n_examples), step):  # no examples are a slice, too
             end = min(begin + step, self.n_examples)
             yield begin, end, [_at(block, slice(begin, end), self.dtype) for block in self.blocks]
+
+    def compiled(self, form: str, general: Any) -> Any:
+        """Give J, J Jᵀ or Jᵀ J as compiled products, or ``general`` where there are none.
+
+        There are where the blocks are in memory in this operator's dtype; products in float64 are
+        the general ones unless that is it.
+        """
+        if not self.blocks or self.dtype != self.own_dtype:
+            return general
+        blocks = [
+            (block.operands, *block.layout, block.bias)
+            if isinstance(block, Factors)
+            else block.rows.contiguous()
+            for block in self.blocks
+        ]
+        exact = None if self.dtype == torch.float64 else general
+        return core.JacobianOperator(form, blocks, self.shape[0], exact, threads())
+
+    def _core(self) -> Any:
+        return self.compiled("jacobian", super()._core())
 
     def forward(self, v: Tensor) -> Tensor:
         """J v: (P, R) -> (N, K, R)."""
@@ -245,6 +266,9 @@ class KernelOperator(LinearOperator):
     def _matmat(self, x: Tensor) -> Tensor:
         return self.jacobian._matmat(self.jacobian.T._matmat(x))
 
+    def _core(self) -> Any:
+        return self.jacobian.compiled("kernel", super()._core())
+
     def _adjoint(self) -> LinearOperator:
         return self
 
@@ -275,6 +299,9 @@ class GaussNewtonOperator(LinearOperator):
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.jacobian.T._matmat(self.jacobian._matmat(x))
+
+    def _core(self) -> Any:
+        return self.jacobian.compiled("gauss_newton", super()._core())
 
     def _adjoint(self) -> LinearOperator:
         return self

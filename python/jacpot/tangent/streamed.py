@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,10 @@ class StreamedJacobian(JacobianOperator):
     def at(self, examples: Tensor) -> list[Block]:
         """Make the blocks of some examples."""
         return self._blocks(examples)
+
+    def compiled(self, form: str, general: Any) -> Any:
+        """Give ``general``: no blocks are in memory."""
+        return general
 
     def mixed(self, matrix: Tensor) -> JacobianOperator:
         """``Mᵀ J``, as lazily."""
