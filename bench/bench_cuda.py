@@ -79,6 +79,13 @@ def sparse_products(report: Report, device: str, small: bool, timing: dict[str, 
         )
 
 
+def on_tensor_cores(block: Any, out: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "jacpot 3xtf32": lambda: ops.gram([block], out=out, precision="3xtf32"),
+        "jacpot tf32": lambda: ops.gram([block], out=out, precision="tf32"),
+    }
+
+
 def gram_matrices(report: Report, device: str, small: bool, timing: dict[str, Any]) -> None:
     k = 10
     n = 20 if small else 2000
@@ -105,6 +112,7 @@ def gram_matrices(report: Report, device: str, small: bool, timing: dict[str, An
             f"kernel, width {width}, N·K={n * k}, {zeros:.0%} zeros",
             {
                 "jacpot": lambda b=block, out=out: ops.gram([b], out=out),
+                **(on_tensor_cores(block, out) if device != "cpu" else {}),
                 **({"torch": peer} if fits else {}),
             },
             agree=None,

@@ -36,16 +36,22 @@ struct Factors {
 
 // layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left and
 // right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
-void gram(const py::list& layers, const std::string& outputs, py::handle out, int device,
-          std::uintptr_t stream) {
+void gram(const py::list& layers, const std::string& outputs, const std::string& precision,
+          py::handle out, int device, std::uintptr_t stream) {
   const cuda::Queue queue{device, stream};
   if (outputs != "full" && outputs != "trace" && outputs != "diagonal")
     throw py::value_error("argument 'outputs' must be 'full', 'trace' or 'diagonal', got '" +
                           outputs + "'");
+  if (precision != "exact" && precision != "3xtf32" && precision != "tf32")
+    throw py::value_error("argument 'precision' must be 'exact', '3xtf32' or 'tf32', got '" +
+                          precision + "'");
   if (layers.empty()) throw py::value_error("argument 'layers' must not be empty");
   const CudaGramOutputs wanted = outputs == "full"    ? CudaGramOutputs::full
                                  : outputs == "trace" ? CudaGramOutputs::trace
                                                       : CudaGramOutputs::diagonal;
+  const CudaGramPrecision allowed = precision == "exact"    ? CudaGramPrecision::exact
+                                    : precision == "3xtf32" ? CudaGramPrecision::tf32x3
+                                                            : CudaGramPrecision::tf32;
   const Array result(out, "out", Access::write);
   result.expect_device(device_of(queue)).expect_contiguous();
   dispatch_float(result, [&]<class T>() {
@@ -103,8 +109,8 @@ void gram(const py::list& layers, const std::string& outputs, py::handle out, in
     Status status;
     {
       const py::gil_scoped_release release;
-      status =
-          cuda_gram<T>(list, symmetric, n, m, k, wanted, static_cast<T*>(result.data()), queue);
+      status = cuda_gram<T>(list, symmetric, n, m, k, wanted, allowed,
+                            static_cast<T*>(result.data()), queue);
     }
     raise_if_failed(status, "gram");
   });
@@ -135,8 +141,8 @@ void mirror(py::handle out, int device, std::uintptr_t stream) {
 }  // namespace
 
 void bind_jacobian_cuda(py::module_& m) {
-  m.def("jacobian_gram", &gram, py::arg("layers"), py::arg("outputs"), py::arg("out"),
-        py::arg("device"), py::arg("stream"),
+  m.def("jacobian_gram", &gram, py::arg("layers"), py::arg("outputs"), py::arg("precision"),
+        py::arg("out"), py::arg("device"), py::arg("stream"),
         "The fused Gram matrix of layers that are given as factors.");
   m.def("jacobian_signs", &draw_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
         py::arg("out"), py::arg("device"), py::arg("stream"),

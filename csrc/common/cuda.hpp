@@ -74,9 +74,9 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_b
     return {Code::invalid_argument, "a block has more than 1024 threads"};
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     return {Code::invalid_argument, "a grid is empty or exceeds the limits of CUDA"};
-  if (!emulator::run_grid(grid, block, static_cast<std::size_t>(shared_bytes),
-                          [&] { kernel(arguments...); }))
-    return {Code::device_error, "threads of a block wait for others that never come"};
+  if (const char* fault = emulator::run_grid(grid, block, static_cast<std::size_t>(shared_bytes),
+                                             [&] { kernel(arguments...); }))
+    return {Code::device_error, fault};
   return {};
 }
 

@@ -72,16 +72,23 @@ struct alignas(16) Pack {
   T value[size];
 };
 
-// Starts a copy of `bytes` (0..16) from global to shared memory, zeros up to 16. Both addresses
-// are multiples of 16. Done only after copies_wait and a barrier.
+// Starts a copy of `bytes` (0..Size) from global to shared memory, zeros up to Size = 4, 8 or 16.
+// Both addresses are multiples of Size. Done only after copies_wait and a barrier.
+template <int Size = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+  static_assert(Size == 4 || Size == 8 || Size == 16);
 #ifdef JACPOT_CUDA_EMULATOR
-  emulator::copy_later(shared, global, static_cast<std::size_t>(bytes),
-                       static_cast<std::size_t>(16 - bytes));
+  emulator::copy_later(shared, global, static_cast<std::size_t>(bytes), Size);
 #else
   const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(bytes)
-               : "memory");
+  if constexpr (Size == 16)  // past the L1 cache, which is only possible for this size
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(to), "l"(global),
+                 "n"(Size), "r"(bytes)
+                 : "memory");
 #endif
 }
 __device__ __forceinline__ void copies_commit() {

@@ -41,6 +41,7 @@ struct Block {
   std::size_t current = 0;
   ucontext_t scheduler{};
   const std::function<void()>* body = nullptr;
+  const char* fault = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
@@ -173,8 +174,8 @@ Device& device() {
   return instance;
 }
 
-bool run_grid(dim3 grid, dim3 block_size, std::size_t shared_size,
-              const std::function<void()>& body) {
+const char* run_grid(dim3 grid, dim3 block_size, std::size_t shared_size,
+                     const std::function<void()>& body) {
   Block block;
   block.body = &body;
   for (unsigned z = 0; z < block_size.z; ++z)
@@ -187,16 +188,15 @@ bool run_grid(dim3 grid, dim3 block_size, std::size_t shared_size,
   block_now = &block;
   blockDim = block_size;
   gridDim = grid;
-  bool ok = true;
-  for (unsigned z = 0; ok && z < grid.z; ++z)
-    for (unsigned y = 0; ok && y < grid.y; ++y)
-      for (unsigned x = 0; ok && x < grid.x; ++x) {
+  for (unsigned z = 0; !block.fault && z < grid.z; ++z)
+    for (unsigned y = 0; !block.fault && y < grid.y; ++y)
+      for (unsigned x = 0; !block.fault && x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
         start(block, shared_size);
-        ok = run_block(block);
+        if (!run_block(block)) block.fault = "threads of a block wait for others that never come";
       }
   block_now = nullptr;
-  return ok;
+  return block.fault;
 }
 
 unsigned char* shared_bytes() { return block_now->shared.get(); }
@@ -208,8 +208,14 @@ std::array<std::uint64_t, 4>& exchange(int lane_index) {
   return block_now->slots[block_now->current / 32 * 32 + static_cast<std::size_t>(lane_index)];
 }
 
-void copy_later(void* to, const void* from, std::size_t bytes, std::size_t zeros) {
-  block_now->fibers[block_now->current].open.push_back({to, from, bytes, zeros});
+void copy_later(void* to, const void* from, std::size_t bytes, std::size_t size) {
+  const auto address =
+      reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from);
+  if (address % size != 0 || bytes > size) {
+    block_now->fault = "an asynchronous copy is misaligned or too large";
+    return;
+  }
+  block_now->fibers[block_now->current].open.push_back({to, from, bytes, size - bytes});
 }
 
 void close_group() {

@@ -15,6 +15,8 @@
 #endif
 
 #include <array>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -49,9 +51,9 @@ struct Device {
 };
 Device& device();
 
-// Runs body() for every thread of every block. False if some threads of a block ended, or waited
-// for their warp, while others waited for the block.
-bool run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
+// Runs body() for every thread of every block. Gives null, or what a GPU would not have allowed.
+const char* run_grid(dim3 grid, dim3 block, std::size_t shared_bytes,
+                     const std::function<void()>& body);
 
 unsigned char* shared_bytes();
 void block_barrier();
@@ -61,7 +63,8 @@ std::array<std::uint64_t, 4>& exchange(int lane);
 int lane();
 
 // Asynchronous copies of this thread: queued, closed to a group, and carried out when waited for.
-void copy_later(void* to, const void* from, std::size_t bytes, std::size_t zeros);
+// Zeros follow up to `size` bytes, of which both addresses must be multiples.
+void copy_later(void* to, const void* from, std::size_t bytes, std::size_t size);
 void close_group();
 void wait_groups(int left_over);
 
@@ -74,6 +77,56 @@ T shuffle(T value, int source) {
   std::memcpy(&out, exchange(source & 31).data(), sizeof(T));
   warp_barrier();  // before anyone shows the next value
   return out;
+}
+
+// The bits that TF32 keeps of a float32, and its rounding: to nearest, halves away from zero.
+inline float cut_to_tf32(float x) {
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & ~0x1fffu);
+}
+inline float to_tf32(float x) {
+  if (!std::isfinite(x)) return x;
+  return cut_to_tf32(std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) + 0x1000u));
+}
+
+// Where tensor cores look for an operand's elements: that of row (or column) `outer` and inner
+// index k is in a register of a lane, see cuda_mma.cuh.
+struct Tf32 {
+  using Register = float;
+  static constexpr int depth = 8;
+  static int lane(int outer, int k) { return outer % 8 * 4 + k % 4; }
+  static int a_register(int row, int k) { return row / 8 + k / 4 * 2; }
+  static int b_register(int k) { return k / 4; }
+  static double value(float x, int) { return cut_to_tf32(x); }
+};
+
+// c += a·b, every lane showing its registers to the others. Products are exact; each sum of eight
+// or sixteen is cut off to float32, as tensor cores do, and not rounded.
+template <class Format>
+void mma(float (&c)[4], const typename Format::Register (&a)[4],
+         const typename Format::Register (&b)[2]) {
+  const int self = lane();
+  std::memcpy(exchange(self).data(), a, sizeof(a));
+  std::memcpy(exchange(self).data() + 2, b, sizeof(b));
+  warp_barrier();
+  const auto shown = [](int lane_index, int place) {
+    typename Format::Register out;
+    std::memcpy(&out,
+                reinterpret_cast<const unsigned char*>(exchange(lane_index).data()) +
+                    static_cast<std::size_t>(place) * sizeof(out),
+                sizeof(out));
+    return out;
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = self / 4 + i / 2 * 8, column = self % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < Format::depth; ++k)
+      sum += Format::value(shown(Format::lane(row, k), Format::a_register(row, k)), k) *
+             Format::value(shown(Format::lane(column, k), 4 + Format::b_register(k)), k);
+    const auto nearest = static_cast<float>(sum);
+    c[i] = std::abs(static_cast<double>(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.0f)
+                                                                  : nearest;
+  }
+  warp_barrier();  // before anyone shows the next registers
 }
 
 }  // namespace jacpot::emulator

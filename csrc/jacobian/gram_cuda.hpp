@@ -35,11 +35,17 @@ struct CudaGramLayer {
 
 enum class CudaGramOutputs { full, trace, diagonal };
 
+// How float32 is multiplied: exactly, or on tensor cores. There every number is rounded to TF32,
+// which has 11 significant bits, or split into two of these, of whose products the three largest
+// count. A product of four factors is then off by at most 2^-9, or 2^-19, of its size. float64 is
+// always exact.
+enum class CudaGramPrecision { exact, tf32x3, tf32 };
+
 // out: full (N, K, M, K), trace (N, M), diagonal (N, M, K), contiguous. A symmetric product has
 // M == N and right == left; it computes one half and is exactly symmetric.
 template <class T>
 Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, std::int64_t n,
-                 std::int64_t m, std::int64_t k, CudaGramOutputs outputs, T* out,
-                 cuda::Queue queue);
+                 std::int64_t m, std::int64_t k, CudaGramOutputs outputs,
+                 CudaGramPrecision precision, T* out, cuda::Queue queue);
 
 }  // namespace jacpot

@@ -86,6 +86,85 @@ def test_gram(kernels, dtype, outputs, data, symmetric, bias, seed):
         assert torch.equal(out, mirrored)
 
 
+def size_of_rows(layers, bias):
+    """What the error on tensor cores is measured by: rows' norms, if each layer has one position.
+
+    (N, K); a layer of several positions counts as the sum of its positions' norms.
+    """
+    total = 0
+    for a, s, _ in layers:
+        norms = (a.double().square().sum(3)[:, None] + bias) * s.double().square().sum(4)
+        total = total + norms.sqrt().sum(2).square().sum(2)
+    return total.sqrt()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "3xtf32"])
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+@settings(max_examples=4)
+@given(data=st.data(), symmetric=st.booleans(), bias=st.booleans(), seed=st.integers(0, 99))
+def test_gram_on_tensor_cores(kernels, outputs, precision, data, symmetric, bias, seed):
+    n, m, k, shapes = data.draw(problems(outputs))
+    m = n if symmetric else m
+    left, right, layers = [], [], []
+    for index, (t, g, o, i, density) in enumerate(shapes):
+        a, s, mask = factors(n, k, t, g, o, i, torch.float32, seed + index, density)
+        b, d, _ = factors(m, k, t, g, o, i, torch.float32, seed + index + 50)
+        left.append((a, s, mask))
+        right.append((a, s, mask) if symmetric else (b, d, mask))
+        layers.append(((a, s), None if symmetric else (b, d), *layout(mask), bias))
+    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
+    out = torch.full(shape, torch.nan)
+    cuda.jacobian_gram(layers, outputs, out, 1, precision)
+    expected = oracle.gram(rows_of(left, bias), rows_of(right, bias), outputs)
+    x, y = size_of_rows(left, bias), size_of_rows(right, bias)
+    letters = {"full": "nk,ml->nkml", "trace": "nk,mk->nm", "diagonal": "nk,mk->nmk"}[outputs]
+    # The sums here are of at most 20 inputs, 6 units and a few layers, groups and positions.
+    bound = {"tf32": 2**-9, "3xtf32": 2**-19}[precision] + 2**-20
+    excess = (out.double() - expected).abs() - bound * torch.einsum(letters, x, y)
+    assert excess.max() <= 0, float(excess.max())
+    if symmetric:
+        mirrored = out.permute(2, 3, 0, 1) if outputs == "full" else out.transpose(0, 1)
+        assert torch.equal(out, mirrored)
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("tf32", 1e-5, 2**-9), ("3xtf32", 0, 4e-6)]
+)
+def test_precision_of_long_sums(kernels, precision, least, most):
+    """More than one chunk of the inner index, whole 16-byte accesses; rounding does happen."""
+    a, s, _ = factors(13, 2, 1, 1, 72, 100, torch.float32, 3)
+    blocks = [ops.Factors(a, s, bias=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "on_cuda", lambda tensor: False)
+        exact = ops.gram([ops.Factors(a.double(), s.double(), bias=True)])
+    norms = exact.reshape(26, 26).diagonal().sqrt()
+    got = ops.gram(blocks, precision=precision)
+    error = (got.double() - exact).abs().reshape(26, 26) / norms / norms[:, None]
+    assert least <= error.max() <= most
+    assert torch.equal(got, got.permute(2, 3, 0, 1))
+    assert ops.gram(blocks).sub(exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("tf32", 1e-5, 2**-9), ("3xtf32", 0, 1e-5)]
+)
+def test_precision_on_a_gpu(real_gpu, precision, least, most):
+    a, s, _ = factors(130, 3, 1, 1, 300, 500, torch.float32, 3)
+    exact = ops.gram([ops.Factors(a.double(), s.double(), bias=True)])
+    norms = exact.reshape(390, 390).diagonal().sqrt()
+    got = ops.gram([ops.Factors(a.to(real_gpu), s.to(real_gpu), bias=True)], precision=precision)
+    error = (got.cpu().double() - exact).abs().reshape(390, 390) / norms / norms[:, None]
+    assert least <= error.max() <= most
+
+
+def test_float64_is_exact_at_any_precision(kernels):
+    a, s, _ = factors(5, 2, 1, 1, 3, 4, torch.float64, 0)
+    blocks = [ops.Factors(a, s)]
+    assert torch.equal(ops.gram(blocks, precision="tf32"), ops.gram(blocks))
+    with pytest.raises(ValueError, match="'exact', '3xtf32' or 'tf32', got 'half'"):
+        ops.gram(blocks, precision="half")
+
+
 def test_gram_of_more_layers_than_one_launch_takes(kernels):
     layers = [factors(5, 2, 1, 1, 3, 4, torch.float64, seed) for seed in range(30)]
     out = torch.empty(5, 2, 5, 2, dtype=torch.float64)

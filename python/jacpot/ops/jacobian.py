@@ -15,13 +15,14 @@ from torch import Tensor
 from jacpot._backend import core, threads
 from jacpot.ops.arrays import as_kind, as_tensor
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
-from jacpot.ops.jacobian_gram import Outputs, gram
+from jacpot.ops.jacobian_gram import Outputs, Precision, gram
 from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = [
     "Block",
     "Factors",
     "Outputs",
+    "Precision",
     "Rows",
     "SketchKind",
     "column_norms",

@@ -32,7 +32,9 @@ Layer: TypeAlias = tuple[Pair, Pair | None, Tensor | None, Tensor | None, bool]
 PANEL_BYTES = 256 << 20  # of intermediate results that are held at once, about
 
 
-def jacobian_gram(layers: Sequence[Layer], outputs: str, out: Tensor, threads: int) -> None:
+def jacobian_gram(
+    layers: Sequence[Layer], outputs: str, out: Tensor, threads: int, precision: str = "exact"
+) -> None:
     """Write the fused Gram matrix of layers that are given as factors."""
     kernels, queue = _backend.cuda(), _backend.queue(out)
     prepared = []
@@ -44,7 +46,7 @@ def jacobian_gram(layers: Sequence[Layer], outputs: str, out: Tensor, threads: i
         if masked and right is not None:
             other = (_by_example(right[0]), right[1])
         prepared.append(((a, left[1]), other, row_offsets, columns, bias))
-    kernels.jacobian_gram(prepared, outputs, out, *queue)
+    kernels.jacobian_gram(prepared, outputs, precision, out, *queue)
 
 
 def _by_example(activations: Tensor) -> Tensor:

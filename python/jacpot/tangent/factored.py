@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jacpot.ops import jacobian as kernels
-from jacpot.ops.jacobian import Block, Outputs, SketchKind
+from jacpot.ops.jacobian import Block, Outputs, Precision, SketchKind
 from jacpot.tangent.assemble import Columns
 
 __all__ = ["Jacobian", "joined"]
@@ -174,7 +174,12 @@ class Jacobian:
                 f"argument {name!r} must have shape ({sizes}) or ({sizes}, R), got {tuple(x.shape)}"
             )
 
-    def gram(self, other: Jacobian | None = None, outputs: Outputs = "full") -> Tensor:
+    def gram(
+        self,
+        other: Jacobian | None = None,
+        outputs: Outputs = "full",
+        precision: Precision = "exact",
+    ) -> Tensor:
         """Compute the tangent kernel ``J Jᵀ``, or ``J J'ᵀ`` with another's examples.
 
         Parameters
@@ -184,6 +189,9 @@ class Jacobian:
         outputs
             ``"full"``: ``(N, K, M, K)``. ``"trace"``: the sum over equal outputs, ``(N, M)``.
             ``"diagonal"``: equal outputs only, ``(N, M, K)``.
+        precision
+            ``"3xtf32"`` and ``"tf32"`` allow the tensor cores of a GPU, see
+            `jacpot.ops.jacobian.gram`.
 
         Returns
         -------
@@ -203,7 +211,7 @@ class Jacobian:
             raise TypeError(f"argument 'other' must be a Jacobian, got {type(other).__name__}")
         left = self.blocks or [self._nothing()]
         right = None if other is None else other.blocks or [other._nothing()]
-        return kernels.gram(left, right, outputs)  # type: ignore[no-any-return]
+        return kernels.gram(left, right, outputs, precision=precision)  # type: ignore[no-any-return]
 
     def _nothing(self) -> Block:
         """Give a block without columns: what is left when everything is pruned."""

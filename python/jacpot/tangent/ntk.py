@@ -10,7 +10,8 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from jacpot.ops.jacobian import Outputs
+from jacpot.ops.jacobian import Outputs, Precision
+from jacpot.ops.jacobian_gram import check_precision
 from jacpot.tangent.jacobian import Jacobian, JacobianSource, Wrt
 from jacpot.tangent.journal import Journal, fingerprint
 from jacpot.tangent.network import Inputs, Output, n_examples, tensors
@@ -31,6 +32,7 @@ def ntk(
     progress: bool = False,
     output: Output | None = None,
     memory_budget: int = 1 << 32,
+    precision: Precision = "exact",
 ) -> Any:
     """Compute the tangent kernel ``J(x1) J(x2)ᵀ`` of a network.
 
@@ -55,6 +57,9 @@ def ntk(
     memory_budget
         Bytes for the factors and one block, about; ``out`` is not counted. Factors that fit are
         computed once; others once for each row of blocks.
+    precision
+        ``"3xtf32"`` and ``"tf32"`` allow the tensor cores of a GPU, see
+        `jacpot.ops.jacobian.gram`.
 
     Returns
     -------
@@ -90,6 +95,7 @@ def ntk(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
+    check_precision(precision)
     source = JacobianSource(module, x1, mask, wrt, output, memory_budget=memory_budget // 4)
     n, k = n_examples(x1), source.n_outputs
     m = n if x2 is None else n_examples(x2, "x2")
@@ -98,14 +104,14 @@ def ntk(
     step = batch_size or _batch_size(source, x1, max(n, m), per_pair, memory_budget)
     if out is None and step >= max(n, m):
         left = source(x1)
-        return left.gram(None if x2 is None else source(x2), outputs)
+        return left.gram(None if x2 is None else source(x2), outputs, precision)
 
     target = Target(out, shape, source.dtype, source.network.device)
     header: dict[str, object] = {"batch_size": step}
     if target.journal is not None:
         state = [*source.network.state.values(), *source.network.mask.values()]
         inputs = [*tensors(x1), *tensors(x2)]
-        words = [outputs, wrt, shape, sorted(source.network.mask)]
+        words = [outputs, wrt, precision, shape, sorted(source.network.mask)]
         header["fingerprint"] = fingerprint(words, [*state, *inputs])
     symmetric = x2 is None
     rows = _Side(source, x1, step, memory_budget // 2)
@@ -119,7 +125,8 @@ def ntk(
                 there = columns.examples(j)
                 mirrored = symmetric and j > i
                 if (i, j) not in journal.finished:
-                    block = rows[i].gram(None if symmetric and j == i else columns[j], outputs)
+                    other = None if symmetric and j == i else columns[j]
+                    block = rows[i].gram(other, outputs, precision)
                     _write(target, outputs, here, there, block, mirrored)
                     journal.done((i, j))
                 pairs = (here.stop - here.start) * (there.stop - there.start)
