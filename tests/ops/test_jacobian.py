@@ -152,14 +152,15 @@ def test_sketch_is_one_matrix_of_signs(any_device, problem, dim, seed):
     assert_close(ops.sketch(others, dim, seed), j_others @ signs, dtype)
 
 
-@given(problems(), st.integers(1, 130), st.integers(-(2**63), 2**63 - 1))
-def test_sparse_sketch_is_one_matrix_of_few_signs(problem, dim, seed):
+@given(problem=problems(), dim=st.integers(1, 130), seed=st.integers(-(2**63), 2**63 - 1))
+def test_sparse_sketch_is_one_matrix_of_few_signs(any_device, problem, dim, seed):
     blocks, others, jacobian, j_others, dtype, _ = problem
     p, entries = jacobian.shape[2], min(8, dim)
     identity = ops.Rows(torch.eye(p, dtype=torch.float64)[:, None])
     matrix = ops.sketch([identity], dim, seed, kind="sparse")[:, 0]
     assert (matrix.ne(0).sum(1) == entries).all()
     torch.testing.assert_close(matrix.abs().sum(1), torch.full((p,), entries**0.5).double())
+    blocks, others = moved(blocks, any_device), moved(others, any_device)
     assert_close(ops.sketch(blocks, dim, seed, kind="sparse"), jacobian @ matrix, dtype)
     assert_close(ops.sketch(others, dim, seed, kind="sparse"), j_others @ matrix, dtype)
 

@@ -248,6 +248,24 @@ def test_signs_are_those_of_the_cpu(kernels, seed, offset, first, shape, dtype):
     assert torch.equal(got, expected)
 
 
+@settings(max_examples=10)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    offset=st.integers(0, 10**12),
+    shape=st.tuples(st.integers(1, 20), st.integers(0, 40), st.integers(1, 100)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_sparse_sketch_is_that_of_the_cpu(kernels, seed, offset, shape, dtype):
+    m, p, dim = shape
+    rows = torch.randn(m, p, dtype=dtype)
+    got, expected = torch.ones(m, dim, dtype=dtype), torch.ones(m, dim, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "SKETCHED", 16)
+        cuda.jacobian_sparse_sketch(rows, seed, offset, min(8, dim), got, 1)
+    _backend.core.jacobian_sparse_sketch(rows, seed, offset, min(8, dim), expected, 1)
+    close(got, expected.double(), dtype)
+
+
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 100])
 def test_mirror(kernels, n):
     matrix = torch.randn(n, n)
@@ -285,10 +303,11 @@ def test_the_public_functions(kernels, density, positions):
         expected = oracle.gram(jacobian, jacobian, outputs)
         close(ops.gram(blocks, outputs=outputs), expected, a.dtype)
         close(ops.gram(blocks, blocks, outputs=outputs), expected, a.dtype)
-    sketched = ops.sketch(blocks, 70, seed=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_backend, "on_cuda", lambda tensor: False)
-        close(sketched, ops.sketch(blocks, 70, seed=3), a.dtype)
+    for kind in ("rademacher", "sparse"):
+        sketched = ops.sketch(blocks, 70, seed=3, kind=kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_backend, "on_cuda", lambda tensor: False)
+            close(sketched, ops.sketch(blocks, 70, seed=3, kind=kind), a.dtype)
 
 
 def test_tensors_on_different_devices_are_refused():

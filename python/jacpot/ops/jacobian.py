@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from jacpot._backend import core, threads
+from jacpot._backend import threads
 from jacpot.ops.arrays import as_kind, as_tensor
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_gram import Outputs, Precision, gram
@@ -293,7 +293,7 @@ def sketch(
     kind
         ``"rademacher"``: entries are signs over ``√dim`` (Achlioptas 2003). ``"sparse"``: a row has
         eight entries, signs over ``√8``, one in each eighth of the columns (Kane & Nelson 2014), so
-        that the cost does not grow with ``dim``; on the CPU only.
+        that the cost does not grow with ``dim``.
 
     Returns
     -------
@@ -304,8 +304,6 @@ def sketch(
     ------
     ValueError
         If ``dim`` is not positive, ``offsets`` does not name every block, or ``kind`` is unknown.
-    NotImplementedError
-        If a sparse sketch of blocks on a GPU is wanted.
 
     Notes
     -----
@@ -323,10 +321,6 @@ def sketch(
         raise ValueError(f"dim must be at least 1, got {dim}")
     if kind not in ("rademacher", "sparse"):
         raise ValueError(f"kind must be 'rademacher' or 'sparse', got {kind!r}")
-    if kind == "sparse" and blocks[0].device.type == "cuda":
-        raise NotImplementedError(
-            "a sparse sketch is made on the CPU only: use kind='rademacher' on a GPU"
-        )
     if offsets is None:
         ends = torch.tensor([b.n_parameters for b in blocks]).cumsum(0).tolist()
         offsets = [0, *ends[:-1]]
@@ -342,7 +336,7 @@ def sketch(
         for block, offset in zip(blocks, offsets, strict=True):
             for panel in row_panels(block):
                 part = panel.flatten(0, 1).contiguous()
-                core.jacobian_sparse_sketch(part, key, offset, nonzeros, rows, threads())
+                kernels(rows).jacobian_sparse_sketch(part, key, offset, nonzeros, rows, threads())
                 offset += panel.shape[2]
         return _like(out.mul_(nonzeros**-0.5), blocks)
     for block, offset in zip(blocks, offsets, strict=True):

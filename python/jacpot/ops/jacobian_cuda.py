@@ -22,6 +22,7 @@ __all__ = [
     "jacobian_mirror",
     "jacobian_rows",
     "jacobian_signs",
+    "jacobian_sparse_sketch",
     "jacobian_vjp",
     "jacobian_windows",
 ]
@@ -30,6 +31,7 @@ Pair: TypeAlias = tuple[Tensor, Tensor]  # activations (N, T, G, I), signals (N,
 Layer: TypeAlias = tuple[Pair, Pair | None, Tensor | None, Tensor | None, bool]
 
 PANEL_BYTES = 256 << 20  # of intermediate results that are held at once, about
+SKETCHED = 1 << 18  # parameters whose entries of a sparse random matrix are held at once
 
 
 def jacobian_gram(
@@ -61,6 +63,64 @@ def jacobian_mirror(out: Tensor, threads: int) -> None:
 def jacobian_signs(seed: int, offset: int, first: int, out: Tensor, threads: int) -> None:
     """Draw the signs of parameters ``offset...`` and columns ``first...``: the same as on a CPU."""
     _backend.cuda().jacobian_signs(seed, offset, first, out, *_backend.queue(out))
+
+
+def jacobian_sparse_sketch(
+    rows: Tensor, seed: int, offset: int, nonzeros: int, out: Tensor, threads: int
+) -> None:
+    """``out (m, dim) += rows (m, p) · S`` for the sparse S of the CPU's kernel, sign by sign.
+
+    S is sorted by columns and multiplied as a sparse weight: sums have an order, without atomics.
+    """
+    dim = out.shape[1]
+    for start in range(0, rows.shape[1], SKETCHED):
+        part = rows[:, start : start + SKETCHED]
+        count = part.shape[1]
+        entries, signs = _sparse_entries(
+            seed, offset + start, count, nonzeros, dim, rows.device, rows.dtype
+        )
+        parameters = torch.arange(count, device=rows.device).repeat_interleave(nonzeros)
+        key, order = (entries * count + parameters).sort()
+        begins = torch.arange(dim + 1, device=rows.device) * count
+        walk = sparse.Walk.of(torch.searchsorted(key, begins), key % count, count)
+        out += sparse.multiply(walk, part, signs[order], None, False, False)
+
+
+def _sparse_entries(
+    seed: int,
+    offset: int,
+    count: int,
+    nonzeros: int,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Columns and signs of the entries of parameters ``offset...``, (count · nonzeros,) each."""
+    own = _mix(torch.arange(count, device=device) + _wrapped(seed + offset))
+    places = torch.arange(nonzeros, device=device)
+    bits = _mix(own[:, None] + places)
+    begin = dim * places // nonzeros
+    size = dim * (places + 1) // nonzeros - begin
+    inside = (_shift(bits, 32) * size) >> 32
+    return (begin + inside).flatten(), (1 - 2 * (bits & 1)).to(dtype).flatten()
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, as in csrc/jacobian/signs.cpp, of int64 in place of uint64."""
+    z = z + _wrapped(0x9E3779B97F4A7C15)
+    z = (z ^ _shift(z, 30)) * _wrapped(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _wrapped(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrapped(number: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def jacobian_add_row_products(left: Tensor, right: Tensor | None, out: Tensor) -> None:

@@ -252,7 +252,7 @@ class Jacobian:
             Chooses the matrix, which depends on neither the examples nor how they are batched.
         kind
             ``"rademacher"``: signs over ``√dim``. ``"sparse"``: eight signs over ``√8`` for each
-            parameter, whose cost does not grow with ``dim``; on the CPU only.
+            parameter, whose cost does not grow with ``dim``.
 
         Returns
         -------
