@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pretend_streams
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -89,6 +90,8 @@ def _pretend(request: pytest.FixtureRequest) -> PretendGpu:
     patch.setattr(_backend, "queue", lambda tensor: (0, 0))
     patch.setattr(torch.cuda, "get_rng_state", lambda device=0: None)
     patch.setattr(torch.cuda, "set_rng_state", lambda state, device=0: None)
+    for name in ("Stream", "stream", "current_stream"):
+        patch.setattr(torch.cuda, name, getattr(pretend_streams, name))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads of two libraries that wait for one another
     request.addfinalizer(lambda: torch.set_num_threads(threads))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pretend_streams
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,6 +83,9 @@ class GpuTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def record_stream(self, stream: Any) -> None:
+        pass
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -122,6 +126,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu"
                 )
+    if name == "aten::copy_" and pretend_streams.NOW:
+        pretend_streams.NOW[-1].copy(unwrap(args[0]), unwrap(args[1]))
+        return args[0]
     if name == "aten::_efficientzerotensor":  # which are expanded above the level that this is at
         func = torch.ops.aten.zeros.default
     inner_args, inner_kwargs = _walk((args, kwargs), _on_cpu)
@@ -148,7 +155,9 @@ class _Devices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
             return func(*args, **(kwargs or {}))
-        return func(*_walk(args, self._rename), **_walk(kwargs or {}, self._rename))
+        renamed = _walk(kwargs or {}, self._rename)
+        renamed.pop("pin_memory", None)
+        return func(*_walk(args, self._rename), **renamed)
 
     @staticmethod
     def _rename(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -72,9 +73,55 @@ def test_ntk_in_blocks(case, gpu, tmp_path):
     close(jacpot.ntk(moved, x_moved, mask=mask, batch_size=3), expected)
     on_disk = jacpot.ntk(moved, x_moved, mask=mask, batch_size=3, out=tmp_path / "kernel.npy")
     torch.testing.assert_close(torch.from_numpy(on_disk[:]), expected)
+    assert not list(tmp_path.glob("*journal*"))
     host = torch.empty(expected.shape, dtype=expected.dtype)
     assert jacpot.ntk(moved, x_moved, mask=mask, batch_size=3, out=host) is host
     torch.testing.assert_close(host, expected)
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+@pytest.mark.parametrize("other", [False, True])
+def test_ntk_copied_block_by_block(case, gpu, outputs, other):
+    """Blocks of different sizes through the same two buffers, one copy behind the other."""
+    net, _, x, _ = case
+    y = torch.randn(4, 2, 3, 3).double() if other else None
+    expected = jacpot.ntk(net, x, y, outputs=outputs)
+    host = torch.full(expected.shape, torch.nan).double()
+    moved, y_moved = copy.deepcopy(net).to(gpu), None if y is None else y.to(gpu)
+    jacpot.ntk(moved, x.to(gpu), y_moved, outputs=outputs, batch_size=2, out=host)
+    torch.testing.assert_close(host, expected)
+
+
+class Failing(nn.Module):
+    """Fails on a batch of one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.fails = inner, True
+
+    def forward(self, x):
+        if self.fails and len(x) == 1:
+            raise OSError("the machine went down")
+        return self.inner(x)
+
+
+def test_what_was_not_stored_is_not_in_the_journal(case, gpu, tmp_path):
+    net, _, x, _ = case
+    path, journal = tmp_path / "kernel.npy", tmp_path / "kernel.npy.jacpot-journal"
+    moved, x_moved = Failing(copy.deepcopy(net)).to(gpu), x.to(gpu)
+    with pytest.raises(OSError, match="went down"):
+        jacpot.ntk(moved, x_moved, outputs="trace", batch_size=2, out=path)
+    stored = torch.from_numpy(numpy.load(path))
+    named = [line.split()[:2] for line in journal.read_text().splitlines()[1:]]
+    expected = jacpot.ntk(net, x, outputs="trace")
+    for i, j in ((int(a), int(b)) for a, b in named):
+        here, there = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
+        torch.testing.assert_close(stored[here, there], expected[here, there])
+        torch.testing.assert_close(stored[there, here], expected[there, here])
+    moved.fails = False
+    jacpot.ntk(moved, x_moved, outputs="trace", batch_size=2, out=path)
+    torch.testing.assert_close(torch.from_numpy(numpy.load(path)), expected)
+    assert not journal.exists()
 
 
 @pytest.mark.parametrize(

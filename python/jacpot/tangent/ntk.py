@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,7 +16,8 @@ from jacpot.ops.jacobian_gram import check_precision
 from jacpot.tangent.jacobian import Jacobian, JacobianSource, Wrt
 from jacpot.tangent.journal import Journal, fingerprint
 from jacpot.tangent.network import Inputs, Output, n_examples, tensors
-from jacpot.tangent.target import Target
+from jacpot.tangent.offload import IN_FLIGHT
+from jacpot.tangent.target import Place, Target, leaves_gpu
 
 __all__ = ["ntk"]
 
@@ -50,7 +52,8 @@ def ntk(
         does not depend on it beyond rounding.
     out
         Where the kernel goes: a tensor or array, a ``numpy.memmap``, a zarr array, or the path of a
-        ``.npy`` file. An interrupted computation into a file continues, when the same call is
+        ``.npy`` file. What a GPU computes is copied to the host, and stored there, while the next
+        block is computed. An interrupted computation into a file continues, when the same call is
         repeated, from the blocks that it finished; a journal beside the file names them.
     progress
         Show a progress bar.
@@ -101,7 +104,8 @@ def ntk(
     m = n if x2 is None else n_examples(x2, "x2")
     shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     per_pair = {"full": k * k, "trace": 1, "diagonal": k}[outputs]
-    step = batch_size or _batch_size(source, x1, max(n, m), per_pair, memory_budget)
+    blocks = 1 + IN_FLIGHT if leaves_gpu(source.network.device, out) else 1
+    step = batch_size or _batch_size(source, x1, max(n, m), per_pair * blocks, memory_budget)
     if out is None and step >= max(n, m):
         left = source(x1)
         return left.gram(None if x2 is None else source(x2), outputs, precision)
@@ -127,11 +131,12 @@ def ntk(
                 if (i, j) not in journal.finished:
                     other = None if symmetric and j == i else columns[j]
                     block = rows[i].gram(other, outputs, precision)
-                    _write(target, outputs, here, there, block, mirrored)
-                    journal.done((i, j))
+                    places = _places(outputs, here, there, mirrored)
+                    target.write(block, places, partial(journal.done, (i, j)))
                 pairs = (here.stop - here.start) * (there.stop - there.start)
                 advance(pairs * (2 if mirrored else 1))
             rows.forget(i)
+        target.finish()
     return target.array
 
 
@@ -170,19 +175,15 @@ def _batch_size(source: JacobianSource, x: Inputs, n: int, per_pair: int, budget
     return max(1, min(n, pairs, few))
 
 
-def _write(
-    target: Target, outputs: Outputs, here: slice, there: slice, block: Tensor, mirrored: bool
-) -> None:
-    """Write a block ``(n, [K,] m, [K])``, and its mirror image where the kernel is symmetric."""
+def _places(outputs: Outputs, here: slice, there: slice, mirrored: bool) -> list[Place]:
+    """Where a block ``(n, [K,] m, [K])`` goes: a symmetric kernel has it twice."""
     every = slice(None)
     if outputs == "full":
-        target.write((here, every, there, every), block)
-        if mirrored:
-            target.write((there, every, here, every), block.permute(2, 3, 0, 1))
-    else:
-        target.write((here, there), block)
-        if mirrored:
-            target.write((there, here), block.transpose(0, 1))
+        straight = (here, every, there, every), (0, 1, 2, 3)
+        return [straight, ((there, every, here, every), (2, 3, 0, 1))] if mirrored else [straight]
+    rest = (2,) if outputs == "diagonal" else ()
+    first: Place = (here, there), (0, 1, *rest)
+    return [first, ((there, here), (1, 0, *rest))] if mirrored else [first]
 
 
 @contextmanager

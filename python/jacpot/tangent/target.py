@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
 from torch import Tensor
 
-__all__ = ["Target"]
+from jacpot.tangent.offload import HostCopies
+
+__all__ = ["Place", "Target", "leaves_gpu"]
+
+Place: TypeAlias = tuple[tuple[slice, ...], tuple[int, ...]]  # where; order of the block's axes
+
+
+def leaves_gpu(device: torch.device, out: Any) -> bool:
+    """Whether what is computed on a device goes from a GPU to the host, into ``out``."""
+    return device.type == "cuda" and out is not None and not getattr(out, "is_cuda", False)
 
 
 class Target:
@@ -68,13 +78,31 @@ class Target:
         if out.dtype != wanted:
             raise TypeError(f"argument 'out' must be {wanted}, got {out.dtype}")
         self.array = out
+        self._copies: HostCopies | None = None
         place = _place(out)
         if place is not None:
             self.journal = place.with_name(place.name + ".jacpot-journal")
 
-    def write(self, index: tuple[slice, ...], block: Tensor) -> None:
-        """Write a block."""
-        self.array[index] = block if isinstance(self.array, Tensor) else block.cpu().numpy()
+    def write(self, block: Tensor, places: Sequence[Place], done: Callable[[], None]) -> None:
+        """Write a block to its places and call ``done``: now, or later if it leaves a GPU."""
+
+        def store(values: Tensor) -> None:
+            for index, order in places:
+                part = values.permute(order)
+                self.array[index] = part if isinstance(self.array, Tensor) else part.cpu().numpy()
+            done()
+
+        if not leaves_gpu(block.device, self.array):
+            store(block)
+            return
+        if self._copies is None:
+            self._copies = HostCopies(block.device)
+        self._copies.start(block, store)
+
+    def finish(self) -> None:
+        """Write what is still on its way from a GPU."""
+        if self._copies is not None:
+            self._copies.finish()
 
     def flush(self) -> None:
         """Make what was written durable, and give a mapped file's memory back."""
