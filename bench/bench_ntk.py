@@ -114,9 +114,9 @@ def symmetric_products(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         for a in activations:
-            kernels(small).jacobian_add_row_products(a, None, small)
+            kernels(small).jacobian_add_row_products(a, None, small, torch.get_num_threads())
         for s in signals:
-            kernels(large).jacobian_add_row_products(s, None, large)
+            kernels(large).jacobian_add_row_products(s, None, large, torch.get_num_threads())
 
     return run
 

@@ -2,7 +2,6 @@
 
 #include "bindings/bind.hpp"
 #include "bindings/jacobian_factors.hpp"
-#include "common/blas.hpp"
 #include "common/parallel.hpp"
 #include "jacobian/gram.hpp"
 #include "jacobian/huge_pages.hpp"
@@ -90,26 +89,23 @@ void gram_of_factors(const py::list& layers, const std::string& outputs, py::han
 
 // out (n, m) += left (n, p) · right (m, p)ᵀ; without a right one, the upper triangle of left ·
 // leftᵀ.
-void add_row_products(py::handle left, py::handle right, py::handle out) {
+void row_products(py::handle left, py::handle right, py::handle out, int threads) {
   const Array result(out, "out", Access::write), rows(left, "left");
   rows.expect_cpu().expect_contiguous().expect_like(result);
   const std::int64_t n = rows.shape(0), p = rows.shape(1);
+  const bool symmetric = right.is_none();
+  const Array others(symmetric ? left : right, "right");
+  const std::int64_t m = others.expect_cpu().expect_contiguous().expect_like(result).shape(0);
+  others.expect_shape({m, p});
+  result.expect_contiguous().expect_shape({n, m});
   dispatch_float(result, [&]<class T>() {
     T* to = static_cast<T*>(result.data());
-    const T* from = static_cast<const T*>(rows.data());
+    const T *from = static_cast<const T*>(rows.data()),
+            *other = static_cast<const T*>(others.data());
     Status status;
-    if (right.is_none()) {
-      result.expect_contiguous().expect_shape({n, n});
+    {
       py::gil_scoped_release release;
-      status = blas::syrk(n, p, T(1), from, p, T(1), to, n);
-    } else {
-      const Array others(right, "right");
-      const std::int64_t m = others.expect_cpu().expect_contiguous().expect_like(result).shape(0);
-      others.expect_shape({m, p});
-      result.expect_contiguous().expect_shape({n, m});
-      const T* other = static_cast<const T*>(others.data());
-      py::gil_scoped_release release;
-      status = blas::gemm(false, true, n, m, p, T(1), from, p, other, p, T(1), to, m);
+      status = add_row_products<T>(symmetric, n, m, p, from, other, to, checked_threads(threads));
     }
     raise_if_failed(status, "gram");
   });
@@ -285,8 +281,8 @@ void mirror(py::handle out, int threads) {
 void bind_jacobian(py::module_& m) {
   m.def("jacobian_gram", &gram_of_factors, py::arg("layers"), py::arg("outputs"), py::arg("out"),
         py::arg("threads"), "The fused Gram matrix of layers that are given as factors.");
-  m.def("jacobian_add_row_products", &add_row_products, py::arg("left"), py::arg("right"),
-        py::arg("out"), "Adds the products of rows that are given.");
+  m.def("jacobian_add_row_products", &row_products, py::arg("left"), py::arg("right"),
+        py::arg("out"), py::arg("threads"), "Adds the products of rows that are given.");
   m.def("jacobian_mirror", &mirror, py::arg("out"), py::arg("threads"),
         "Copies the upper triangle to the lower.");
   m.def("jacobian_jvp", &jvp_of_factors, py::arg("factors"), py::arg("row_offsets"),

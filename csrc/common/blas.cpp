@@ -75,20 +75,6 @@ Status gemm_rows(Gemm<T> call, bool transpose_a, bool transpose_b, std::int64_t 
   return {};
 }
 
-// PyTorch exports no SYRK, so the triangle is cut into block rows, each one GEMM.
-template <class T>
-Status syrk_rows(std::int64_t n, std::int64_t k, T alpha, const T* a, std::int64_t lda, T beta,
-                 T* c, std::int64_t ldc) {
-  constexpr std::int64_t block = 256;
-  for (std::int64_t i = 0; i < n; i += block) {
-    const std::int64_t rows = std::min(block, n - i);
-    const Status status = gemm(false, true, rows, n - i, k, alpha, a + i * lda, lda, a + i * lda,
-                               lda, beta, c + i * ldc + i, ldc);
-    if (!status.ok()) return status;
-  }
-  return {};
-}
-
 }  // namespace
 
 Status gemm(bool ta, bool tb, std::int64_t m, std::int64_t n, std::int64_t k, float alpha,
@@ -101,15 +87,6 @@ Status gemm(bool ta, bool tb, std::int64_t m, std::int64_t n, std::int64_t k, do
             double* c, std::int64_t ldc) {
   return gemm_rows(symbols().dgemm, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
-Status syrk(std::int64_t n, std::int64_t k, float alpha, const float* a, std::int64_t lda,
-            float beta, float* c, std::int64_t ldc) {
-  return syrk_rows(n, k, alpha, a, lda, beta, c, ldc);
-}
-Status syrk(std::int64_t n, std::int64_t k, double alpha, const double* a, std::int64_t lda,
-            double beta, double* c, std::int64_t ldc) {
-  return syrk_rows(n, k, alpha, a, lda, beta, c, ldc);
-}
-
 void set_fallback(void* sgemm, void* dgemm) {
   Symbols& s = symbols();
   if (s.complete()) return;

@@ -18,13 +18,6 @@ Status gemm(bool transpose_a, bool transpose_b, std::int64_t m, std::int64_t n, 
             double alpha, const double* a, std::int64_t lda, const double* b, std::int64_t ldb,
             double beta, double* c, std::int64_t ldc);
 
-// C (n, n) = alpha · A (n, k) · Aᵀ + beta · C, right on and above the diagonal (row-major); what
-// lies below it may be written too.
-Status syrk(std::int64_t n, std::int64_t k, float alpha, const float* a, std::int64_t lda,
-            float beta, float* c, std::int64_t ldc);
-Status syrk(std::int64_t n, std::int64_t k, double alpha, const double* a, std::int64_t lda,
-            double beta, double* c, std::int64_t ldc);
-
 // The Fortran symbols to use where PyTorch exports none; called once, at import.
 void set_fallback(void* sgemm, void* dgemm);
 const char* provider();  // "torch", "scipy" or "none"

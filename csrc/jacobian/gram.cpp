@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "common/blas.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "jacobian/huge_pages.hpp"
@@ -225,6 +226,42 @@ Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_
   return {};
 }
 
+// Long rows in slices: a BLAS may add up the products of few long rows one after the other, from
+// what it finds in `out` on, and terms that are small against that sum are rounded away.
+template <class T>
+Status add_row_products(bool symmetric, std::int64_t n, std::int64_t m, std::int64_t p,
+                        const T* left, const T* right, T* out, int threads) {
+  constexpr std::int64_t slice = 8192, block = 256;
+  const Scratch<T> part = allocate_scratch<T>(p > slice ? std::min(block, n) * m : 0);
+  if (!part) return no_memory;
+  for (std::int64_t row = 0; row < n; row += block) {
+    const std::int64_t rows = std::min(block, n - row), column = symmetric ? row : 0;
+    const std::int64_t columns = m - column;
+    T* to = out + row * m + column;
+    const auto multiply = [&](std::int64_t first, std::int64_t width, T beta, T* c,
+                              std::int64_t ldc) {
+      return blas::gemm(false, true, rows, columns, width, T(1), left + row * p + first, p,
+                        right + column * p + first, p, beta, c, ldc);
+    };
+    if (p <= slice) {
+      if (const Status status = multiply(0, p, T(1), to, m); !status.ok()) return status;
+      continue;
+    }
+    for (std::int64_t first = 0; first < p; first += slice) {
+      const Status status = multiply(first, std::min(slice, p - first), T(0), part.get(), columns);
+      if (!status.ok()) return status;
+      parallel_for(threads, rows, [&](std::int64_t i) {
+        for (std::int64_t j = 0; j < columns; ++j) to[i * m + j] += part[i * columns + j];
+      });
+    }
+  }
+  return {};
+}
+
+template Status add_row_products<float>(bool, std::int64_t, std::int64_t, std::int64_t,
+                                        const float*, const float*, float*, int);
+template Status add_row_products<double>(bool, std::int64_t, std::int64_t, std::int64_t,
+                                         const double*, const double*, double*, int);
 template Status gram<float>(const std::vector<GramLayer<float>>&, bool, std::int64_t, std::int64_t,
                             std::int64_t, GramOutputs, float*, int);
 template Status gram<double>(const std::vector<GramLayer<double>>&, bool, std::int64_t,

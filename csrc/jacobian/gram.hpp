@@ -49,6 +49,12 @@ template <class T>
 Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_t n, std::int64_t m,
             std::int64_t k, GramOutputs outputs, T* out, int threads);
 
+// out (n, m) += left (n, p) · right (m, p)ᵀ, for rows that are given. Symmetric: right is left, and
+// what lies below the diagonal is left unspecified.
+template <class T>
+Status add_row_products(bool symmetric, std::int64_t n, std::int64_t m, std::int64_t p,
+                        const T* left, const T* right, T* out, int threads);
+
 // From here on: what the driver and the kernels of each instruction set share.
 //
 // Both sides are packed in the same way. Examples come in groups of `panel`; the rows (example,

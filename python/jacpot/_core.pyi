@@ -133,7 +133,12 @@ def force_isa(name: str) -> bool:
     Use the named instruction set from now on; '' goes back to the best. False if not supported.
     """
 
-def jacobian_add_row_products(left: typing.Any, right: typing.Any, out: typing.Any) -> None:
+def jacobian_add_row_products(
+    left: typing.Any,
+    right: typing.Any,
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
     """
     Adds the products of rows that are given.
     """

@@ -338,3 +338,14 @@ def test_refusals_name_the_argument():
         ops.gram([block], outputs="trace", out=torch.ones(3, 2))
     with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
         ops.sketch([block], 0)
+
+
+def test_products_of_long_rows_do_not_stagnate():
+    """One running sum in float32 would lose a part of what is small against it."""
+    torch.manual_seed(3)
+    rows = torch.rand(64, 1, 300_000)
+    large = ops.Rows(1e4 * torch.rand(64, 1, 1))
+    exact = sum(ops.gram([ops.Rows(b.rows.double())]) for b in (ops.Rows(rows), large))
+    for right in (None, [large, ops.Rows(rows)]):
+        found = ops.gram([large, ops.Rows(rows)], right)
+        assert ((found - exact).abs() <= 1.5e-6 * exact).all()

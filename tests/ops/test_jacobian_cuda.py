@@ -277,10 +277,10 @@ def test_mirror(kernels, n):
 def test_row_products(kernels):
     x, y = torch.randn(1100, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     out = torch.ones(1100, 5, dtype=torch.float64)
-    cuda.jacobian_add_row_products(x, y, out)
+    cuda.jacobian_add_row_products(x, y, out, 1)
     close(out, 1 + x @ y.T, torch.float64)
     square = torch.ones(1100, 1100, dtype=torch.float64)
-    cuda.jacobian_add_row_products(x, None, square)
+    cuda.jacobian_add_row_products(x, None, square, 1)
     close(square.triu(), (1 + x @ x.T).triu(), torch.float64)
 
 

@@ -200,7 +200,8 @@ def _write_rows(block: Block, out: Tensor, start: int) -> int:
     """Write a weight's columns straight into ``out`` where they need no selection; say how many."""
     if isinstance(block, Rows) or block.pattern is not None or not block.n_weights:
         return 0
-    kernels(out).jacobian_rows(block.for_rows, out, start, threads())
+    if out.numel():
+        kernels(out).jacobian_rows(block.for_rows, out, start, threads())
     return block.n_weights
 
 

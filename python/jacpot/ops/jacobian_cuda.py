@@ -123,7 +123,9 @@ def _wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def jacobian_add_row_products(left: Tensor, right: Tensor | None, out: Tensor) -> None:
+def jacobian_add_row_products(
+    left: Tensor, right: Tensor | None, out: Tensor, threads: int
+) -> None:
     """``out += left · rightᵀ``; without a right one, right on and above the diagonal."""
     other = left if right is None else right
     if right is not None:

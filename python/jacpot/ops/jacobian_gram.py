@@ -173,4 +173,4 @@ def _add_rows(result: Tensor, left: Block, right: Block, outputs: Outputs, symme
         x = a.flatten(first, first + 1).contiguous()
         y = None if b is None else b.flatten(first, first + 1).contiguous()
         square = result.view(len(x), len(x) if y is None else len(y))
-        kernels(result).jacobian_add_row_products(x, y, square)
+        kernels(result).jacobian_add_row_products(x, y, square, threads())

@@ -34,13 +34,19 @@ from jacpot.tangent.network import (
 from jacpot.tangent.probe import Probe, cannot_map, signals, stand_in
 from jacpot.tangent.recorder import Call, Recorder
 from jacpot.tangent.rules import Rows, Term
-from jacpot.tangent.rules.terms import Fold
+from jacpot.tangent.rules.terms import Fold, reduced
 
 __all__ = ["Captured", "capture"]
 
 # Signals up to this size go back through the network as one batch. Larger ones leave the cache on
 # their way, and every operation pays for fresh memory: then one output after the other is faster.
 TOGETHER_BYTES = 16 << 20
+
+# Where rows take less room than the factors they are made of, factors are multiplied out a few
+# examples at a time, while they are near, and never stored: this many bytes of signals, but no
+# fewer examples than make a layer's products efficient.
+PART_BYTES = 64 << 20
+PART_EXAMPLES = 4
 
 _announced: set[str] = set()
 
@@ -102,6 +108,9 @@ def capture(
     copies = sum(network.parameters[name].numel() for name in probed.uncovered)
     per_example = 2 * (probed.bytes_per_example + copies * network.dtype.itemsize)
     step = max(1, memory_budget // max(1, probed.n_outputs * per_example))
+    if probed.reduces and network.device.type == "cpu":
+        few = PART_BYTES // max(1, probed.n_outputs * probed.bytes_per_example)
+        step = min(step, max(few, PART_EXAMPLES))
     for begin in range(0, max(n, 1), step):
         part = slice(begin, begin + step)
         yield from _capture_part(network, take(x, part), take(targets, part), probed)
@@ -257,8 +266,11 @@ def _finish(
         _check_finite(seen.call, arguments[seen.call.rule.input], "input")
         _check_finite(seen.call, arrived, "signal")
         shares = seen.call.rule.function(arrived, **arguments)
-        for argument, name in seen.call.parameters.items():
-            terms.setdefault(name, []).append(shares[argument].folded(fold))
+        named = {
+            name: shares[argument].folded(fold) for argument, name in seen.call.parameters.items()
+        }
+        for name, term in reduced(named).items():
+            terms.setdefault(name, []).append(term)
     for name, found in rows.items():
         if found is not None:
             terms.setdefault(name, []).append(Rows(found.transpose(0, 1)).folded(fold))

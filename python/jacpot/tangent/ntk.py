@@ -105,7 +105,8 @@ def ntk(
     shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     per_pair = {"full": k * k, "trace": 1, "diagonal": k}[outputs]
     blocks = 1 + IN_FLIGHT if leaves_gpu(source.network.device, out) else 1
-    step = batch_size or _batch_size(source, x1, max(n, m), per_pair * blocks, memory_budget)
+    sides = 1 if x2 is None else 2
+    step = batch_size or _batch_size(source, x1, max(n, m), per_pair * blocks, memory_budget, sides)
     if out is None and step >= max(n, m):
         left = source(x1)
         return left.gram(None if x2 is None else source(x2), outputs, precision)
@@ -166,12 +167,16 @@ class _Side:
         self._kept.pop(i, None)
 
 
-def _batch_size(source: JacobianSource, x: Inputs, n: int, per_pair: int, budget: int) -> int:
+def _batch_size(
+    source: JacobianSource, x: Inputs, n: int, per_pair: int, budget: int, sides: int
+) -> int:
     """Examples of which two blocks' factors, and the block of the kernel, fit the budget."""
     pairs = math.isqrt(budget // (4 * per_pair * source.dtype.itemsize))
     few = budget // (8 * max(1, source.n_outputs * source.probe.bytes_per_example))
     if n > few:  # too many for a guess: measure
-        few = budget // (4 * max(1, source(x, slice(1)).nbytes))
+        each = max(1, source(x, slice(1)).nbytes)
+        one_block = n <= pairs and sides * n * each <= budget // 2
+        few = n if one_block else budget // (4 * each)
     return max(1, min(n, pairs, few))
 
 

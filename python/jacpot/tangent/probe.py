@@ -32,6 +32,9 @@ class Probe:
         Parameters with a use that no rule covers.
     bytes_per_example
         Of the results of all recorded calls.
+    reduces
+        Whether a call's result has more elements than its parameters, so that rows take less room
+        than factors.
     writes_input
         Whether the network writes to the very tensors that it is given.
     """
@@ -40,6 +43,7 @@ class Probe:
     axes: list[dict[int, int]]
     uncovered: list[str]
     bytes_per_example: int
+    reduces: bool
     writes_input: bool
 
     @property
@@ -165,8 +169,12 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
         if gradient is not None
     ]
     total = sum(call.shape.numel() for call in recorder.calls) * outputs.dtype.itemsize // size
+    reduces = any(
+        call.shape.numel() > size * sum(leaves[name].numel() for name in call.parameters.values())
+        for call in recorder.calls
+    )
     written = versions != [tensor._version for tensor in tensors(own)]
-    return Probe(k, axes, uncovered, total, written)
+    return Probe(k, axes, uncovered, total, reduces, written)
 
 
 def _check_alone(output: Tensor, again: Tensor) -> None:

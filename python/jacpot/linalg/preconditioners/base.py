@@ -81,7 +81,7 @@ def inner_products(rows: Tensor) -> Tensor:
     """``rows · rowsᵀ`` (r, r), of which only half is computed."""
     out = rows.new_zeros(len(rows), len(rows))
     compiled = kernels(out)
-    compiled.jacobian_add_row_products(rows, None, out)
+    compiled.jacobian_add_row_products(rows, None, out, threads())
     compiled.jacobian_mirror(out, threads())
     return out
 

@@ -7,12 +7,15 @@ windows) that the network folded into the leading axis. ``K`` counts the outputs
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Fold", "Outer", "Rows", "Summed", "Term", "positions"]
+from jacpot.ops.jacobian import Factors, dense
+
+__all__ = ["Fold", "Outer", "Rows", "Summed", "Term", "positions", "reduced"]
 
 
 class Fold:
@@ -70,11 +73,19 @@ class Outer:
         """``(G, O, I)``."""
         return self.signals.shape[3], self.signals.shape[4], self.activations.shape[3]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the rows take less room than the factors, as with many positions they do."""
+        k, t = self.signals.shape[1:3]
+        g, o, i = self.shape
+        return t > 1 and k * g * o * i < t * g * (k * o + i)
+
     def rows(self) -> Tensor:
         """Multiply out, ``(M, K, G·O·I)`` in the parameter's own order."""
-        left, right = self.signals.movedim(2, 4), self.activations.movedim(1, 2)  # T last, T first
-        product = left @ right[:, None]  # (M, K, G, O, I)
-        return (product.transpose(3, 4) if self.transposed else product).flatten(2)
+        product: Tensor = dense([Factors(self.activations, self.signals)])
+        if self.transposed:
+            product = product.reshape(*product.shape[:2], *self.shape).transpose(3, 4).flatten(2)
+        return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +128,15 @@ class Rows:
 
 
 Term: TypeAlias = Outer | Summed | Rows
+
+
+def reduced(terms: Mapping[str, Term]) -> dict[str, Term]:
+    """Multiply out the factors that take more room than their rows, and biases that share them."""
+    kept = {id(t.signals) for t in terms.values() if isinstance(t, Outer) and not t.reduces}
+    return {
+        name: term if isinstance(term, Rows) or id(term.signals) in kept else Rows(term.rows())
+        for name, term in terms.items()
+    }
 
 
 def positions(x: Tensor, first: int, last: int) -> tuple[int, ...]:
