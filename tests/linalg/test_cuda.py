@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pretend_streams
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend_graph import PretendGraph, RecordedKernels
 
-from jacpot.linalg import Status, solve
+from jacpot import _backend
+from jacpot.linalg import DenseOperator, FunctionOperator, Status, solve
 from jacpot.linalg.cuda_cg import CHECK_EVERY
 
 EVERY = ["cg", "block_cg", "cholesky", "lsmr"]
@@ -141,6 +144,73 @@ def test_zero_columns_and_first_guesses(emulated_cuda, method):
     again = solve(a, b, method=method, x0=solution.x, tol=1e-8)
     assert again.converged
     assert again.iterations == 0
+
+
+@pytest.fixture
+def graphs(emulated_cuda, monkeypatch):
+    """Graphs that are pretended, and a list of those that were recorded."""
+    monkeypatch.setattr(_backend, "cuda", lambda: RecordedKernels(emulated_cuda))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(pretend_streams, name))
+    monkeypatch.setattr(PretendGraph, "made", [])
+    return PretendGraph.made
+
+
+@pytest.mark.parametrize("preconditioner", [None, "nystrom", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_replayed_iteration_is_the_iteration(graphs, preconditioner, dtype):
+    """With restarts, which must leave the memory of the recording in use."""
+    a, b = system(40, 3, dtype, 1, condition=1e3)
+    options = {"method": "cg", "tol": 1e-11, "preconditioner": preconditioner}
+    replayed = solve(a, b, 0.01, **options)
+    assert replayed.converged, str(replayed)
+    assert len(graphs) == 1
+    assert graphs[0].replays == replayed.iterations - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DenseOperator, "replayable", False)
+        plain = solve(a, b, 0.01, **options)
+    assert len(graphs) == 1
+    assert torch.equal(replayed.x, plain.x)
+    assert replayed.history == plain.history
+
+
+def test_what_may_not_be_recorded_is_not(graphs):
+    a, b = system(30, 1, torch.float64, 2)
+    calls = []
+
+    def product(x):
+        calls.append(0)
+        return a @ x
+
+    solution = solve(product, b, method="cg", tol=1e-8)
+    assert solution.converged
+    assert not graphs
+    assert len(calls) >= solution.iterations
+
+
+def test_what_cannot_be_recorded_goes_on_as_it_is(graphs):
+    a, b = system(30, 1, torch.float64, 2)
+
+    def reading(x):
+        return a @ x if len(x.nonzero()) else x  # which is known on the host alone
+
+    operator = FunctionOperator((30, 30), reading)
+    operator.replayable = True
+    solution = solve(operator, b, method="cg", tol=1e-8)
+    assert solution.converged
+    assert len(graphs) == 1
+    assert not graphs[0].replays
+    assert torch.equal(solution.x, solve(lambda x: a @ x, b, method="cg", tol=1e-8).x)
+
+
+def test_a_replayed_iteration_on_a_gpu(real_gpu):
+    a, b = system(300, 3, torch.float32, 1, condition=1e3)
+    a, b = a.to(real_gpu), b.to(real_gpu)
+    replayed = solve(a, b, method="cg", tol=1e-9)
+    plain = solve(lambda x: a @ x, b, method="cg", tol=1e-9)
+    assert replayed.converged
+    torch.testing.assert_close(replayed.x, plain.x, rtol=1e-6, atol=1e-8)
 
 
 def test_refusals(emulated_cuda):

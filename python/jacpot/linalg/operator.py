@@ -33,12 +33,16 @@ class LinearOperator:
         Where its products are computed; the CPU unless a subclass says otherwise.
     column_group : int
         Columns come cheaper in aligned groups of this many.
+    replayable : bool
+        Whether a product is the same work on a GPU each time, and reads nothing on the host: then
+        solvers may record it into a CUDA graph.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
     column_group: int = 1
+    replayable: bool = False
 
     def _matmat(self, x: Tensor) -> Tensor:
         """Multiply ``x`` (columns, R) of this operator's dtype; returns (rows, R)."""
@@ -146,6 +150,7 @@ class DenseOperator(LinearOperator):
     """
 
     symmetric = False  # set by the methods that take it for granted
+    replayable = True
 
     def __init__(self, matrix: Any) -> None:
         tensor = _as_tensor(matrix, "operator")

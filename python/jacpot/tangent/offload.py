@@ -27,7 +27,8 @@ class HostCopies:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: list[Tensor] = []  # those that are free
         self._under_way: deque[tuple[Any, Tensor, Tensor, Callable[[Tensor], None]]] = deque()
 

@@ -59,6 +59,8 @@ class LowRankInverse(LinearOperator):
         approximation error outside F's range exceeds such damping anyway.
     """
 
+    replayable = True
+
     def __init__(self, rows: Tensor, damping: float) -> None:
         self.rows = rows
         self.shape, self.dtype = (rows.shape[1], rows.shape[1]), rows.dtype
@@ -89,6 +91,8 @@ def inner_products(rows: Tensor) -> Tensor:
 def elementwise_inverse(values: Tensor) -> LinearOperator:
     """``diag(1 / values)``."""
     n = values.shape[0]
-    return FunctionOperator(
+    inverse = FunctionOperator(
         (n, n), lambda x: x / values[:, None], dtype=values.dtype, device=values.device
     )
+    inverse.replayable = True
+    return inverse

@@ -1,0 +1,59 @@
+"""Work on a GPU that is recorded once and replayed: launches without the host's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Replayed"]
+
+
+class Replayed:
+    """A step that does the same with the same memory each time, by a CUDA graph where possible.
+
+    The first call runs the step, so that libraries set themselves up; the second records it; from
+    then on it is replayed. What cannot be recorded goes on as it is.
+
+    Parameters
+    ----------
+    step
+        Takes and returns nothing, and reads no result on the host.
+    device
+        The GPU.
+    possible
+        Whether to record at all.
+    """
+
+    def __init__(self, step: Callable[[], None], device: torch.device, possible: bool) -> None:
+        self.step, self.device, self.possible = step, device, possible
+        self.called = False
+        self.graph: Any = None
+
+    def __call__(self) -> None:
+        """Do the step."""
+        if self.possible and self.called and self.graph is None:
+            self.graph = self._record()
+            self.possible = self.graph is not None
+        self.called = True
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.step()
+
+    def _record(self) -> Any:
+        """Record the step without doing it; None where it does what a graph cannot hold."""
+        try:
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                # Other threads may allocate meanwhile.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.step()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:  # as PyTorch and CUDA say it, whatever the reason
+            return None
+        return graph
