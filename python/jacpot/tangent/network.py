@@ -31,11 +31,11 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 def tensors(x: Any) -> list[Tensor]:
     """All tensors in ``x``, a tensor or a sequence or mapping of them."""
     found: list[Tensor] = []
-    over_tensors(x, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    over_tensors(x, found.append)
     return found
 
 
-def over_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def over_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
     """Replace the tensors in ``x``; what is none stays."""
     if isinstance(x, Tensor):
         return function(x)
@@ -174,7 +174,7 @@ class Network:
                 f"the module's output must have a leading axis of {n} examples like its input, got "
                 f"shape {tuple(result.shape)}"
             )
-        return result.reshape(n, result[:1].numel() if n else -1)
+        return result.reshape(n, result.shape[1:].numel())
 
 
 @contextmanager

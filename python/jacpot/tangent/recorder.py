@@ -127,13 +127,13 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._inside_module:
-            return func(*args, **kwargs)
+            return self._evaluate(func, args, kwargs)
         if func in COMPOSITES:
             with self:
                 return _transparent(func)(*args, **kwargs)
         rule = RULES.get(func)
         if rule is None:
-            return func(*args, **kwargs)
+            return self._evaluate(func, args, kwargs)
         arguments = dict(rule.signature.bind(None, *args, **kwargs).arguments)
         del arguments[rule.signals]
         parameters = {
@@ -142,15 +142,19 @@ class Recorder(TorchFunctionMode):
             if id(arguments.get(argument)) in self.names
         }
         if not self._applies(rule, arguments, parameters):
-            return func(*args, **kwargs)
+            return self._evaluate(func, args, kwargs)
         # The graph does not lead to parameters where a rule holds: an edge to one is then a use
         # of it that no rule covers, and no gradient of a weight is ever computed.
         ruled = {id(arguments[a]): self.network.parameters[name] for a, name in parameters.items()}
-        result = func(
-            *(ruled.get(id(value), value) for value in args),
-            **{key: ruled.get(id(value), value) for key, value in kwargs.items()},
+        result = self._evaluate(
+            func,
+            [ruled.get(id(value), value) for value in args],
+            {key: ruled.get(id(value), value) for key, value in kwargs.items()},
         )
         return self._record(rule, arguments, parameters, result)
+
+    def _evaluate(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _forward(self, rule: LayerRule, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call a module that has a rule of its own."""
