@@ -24,7 +24,8 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 
 import jacpot
 from jacpot.ops import jacobian as ops
-from jacpot.ops import jacobian_gram
+from jacpot.ops import jacobian_gram, jacobian_windows
+from jacpot.ops.jacobian_windows import Windows
 
 
 def products(report: Report, n: int, budget: float, density: float | None = None) -> None:
@@ -163,7 +164,32 @@ def positions(report: Report, budget: float) -> None:
         report.compare(name, ways, budget=budget / 5)
 
 
-CASES = ("products-1000", "products-10000", "masked-1000", "masked-10000", "positions", "gradients")
+def filtering(report: Report, budget: float) -> None:
+    """Time both ways from a 3 x 3 convolution to its rows, with the channels and places of nets."""
+    n, k = 8, 10
+    for channels, side in [(16, 32), (32, 32), (64, 32), (128, 16), (256, 8)]:
+        torch.manual_seed(0)
+        seen = Windows(torch.randn(n, channels, side + 2, side + 2), (3, 3), (1, 1), (1, 1))
+        signals = torch.randn(n, k, 1, channels, side * side).movedim(4, 2)
+
+        def way(fewest: int, seen: Windows = seen, signals: Tensor = signals) -> Tensor:
+            with patch.object(jacobian_windows, "FEWEST_PLACES", fewest):
+                return seen.rows(signals)
+
+        name = f"rows, N={n} K={k}, {channels} channels, {side}x{side}"
+        ways = {"filtering": lambda way=way: way(0), "plain sums": lambda way=way: way(10**9)}
+        report.compare(name, ways, budget=budget / 5)
+
+
+CASES = (
+    "products-1000",
+    "products-10000",
+    "masked-1000",
+    "masked-10000",
+    "positions",
+    "filtering",
+    "gradients",
+)
 
 
 def main() -> None:
@@ -182,6 +208,8 @@ def main() -> None:
             products(report, int(n), budget, density=0.1)
         elif kind == "positions":
             positions(report, budget)
+        elif kind == "filtering":
+            filtering(report, budget)
         else:
             torch.manual_seed(0)
             gradients(

@@ -22,6 +22,7 @@ __all__: list[str] = [
     "expand",
     "force_isa",
     "jacobian_add_row_products",
+    "jacobian_convolution_rows",
     "jacobian_gram",
     "jacobian_jvp",
     "jacobian_mirror",
@@ -141,6 +142,16 @@ def jacobian_add_row_products(
 ) -> None:
     """
     Adds the products of rows that are given.
+    """
+
+def jacobian_convolution_rows(
+    activations: typing.Any,
+    signals: typing.Any,
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Writes the rows of a convolution with a kernel of 3 x 3.
     """
 
 def jacobian_gram(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 
 import numpy
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from jacpot._backend import build_info, isa
 from jacpot.ops import jacobian as ops
 from jacpot.ops import jacobian_gram
-from jacpot.ops.jacobian_windows import windows
 from jacpot.reference import jacobian as reference
 
 ISAS = build_info()["isas_supported"]
@@ -225,33 +223,6 @@ def test_products_of_signals_with_positions_innermost(isa_name, masked):
     with isa(isa_name):
         assert_close(ops.jvp([block], [v]), reference.jvp(full, v), torch.float64)
         assert_close(ops.vjp([block], u)[0], reference.vjp(full, u), torch.float64)
-
-
-@st.composite
-def convolved(draw):
-    """An input, and the kernel, stride and dilation of a convolution that fits it."""
-    dims = draw(st.integers(1, 3))
-    kernel, stride, dilation = (
-        tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(3)
-    )
-    sizes = [
-        d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)
-    ]
-    shape = (draw(st.integers(0, 3)), draw(st.integers(1, 3)), *sizes)
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    return torch.arange(math.prod(shape), dtype=dtype).view(shape), kernel, stride, dilation
-
-
-@given(convolved())
-def test_windows(problem):
-    x, kernel, stride, dilation = problem
-    cut = x
-    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
-        cut = cut.unfold(axis, d * (k - 1) + 1, s)
-        cut = cut[..., ::d]
-    dims = len(kernel)  # (N, C, *places, *kernel)
-    expected = cut.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
-    torch.testing.assert_close(windows(x, kernel, stride, dilation), expected)
 
 
 def test_rows_of_signals_with_positions_innermost():

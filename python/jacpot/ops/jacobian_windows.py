@@ -1,14 +1,93 @@
-"""The windows of a convolution, written out: the activations of its weight."""
+"""The windows of a convolution: the activations of its weight, written out or not."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from jacpot._backend import empty, threads
+from jacpot.ops.jacobian import Factors, dense
 from jacpot.ops.jacobian_kernels import kernels
 
-__all__ = ["windows"]
+__all__ = ["Windows", "windows"]
+
+FEWEST_CHANNELS, FEWEST_PLACES = 8, 64  # from where on minimal filtering takes less time
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Activations ``(N, T, G, I)`` of a convolution's weight, which are not written out.
+
+    Parameters
+    ----------
+    x
+        ``(N, C, *spatial)``, padded as wanted; float32 or float64.
+    kernel, stride, dilation
+        One number for each spatial axis.
+    groups
+        Groups of channels.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])
+    >>> Windows(x, (2,), (1,), (1,)).written()
+    tensor([[[[1., 2.]],
+    <BLANKLINE>
+             [[2., 3.]]]])
+    """
+
+    x: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Places that the kernel is laid on, along each axis."""
+        return tuple(
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(
+                self.x.shape[2:], self.kernel, self.stride, self.dilation, strict=True
+            )
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(N, T, G, I)``."""
+        n, channels = self.x.shape[:2]
+        inputs = channels // self.groups * math.prod(self.kernel)
+        return n, math.prod(self.places), self.groups, inputs
+
+    def __getitem__(self, examples: slice) -> Windows:
+        """Those of some of the examples."""
+        return replace(self, x=self.x[examples])
+
+    def written(self) -> Tensor:
+        """Write them out."""
+        return windows(self.x, self.kernel, self.stride, self.dilation).view(self.shape)
+
+    def rows(self, signals: Tensor) -> Tensor:
+        """Multiply with signals ``(N, K, T, G, O)``, into rows ``(N, K, G·O·I)``.
+
+        A kernel of 3 x 3 with a stride of 1 takes a fourth of the multiplications, by minimal
+        filtering, which leaves ten times the rounding errors: 2e-6 of the largest in float32.
+        """
+        n, k, t, g, o = signals.shape
+        plain = (self.kernel, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
+        channels = min(o, self.x.shape[1] // g)
+        if signals.is_cuda or not plain or channels < FEWEST_CHANNELS or t < FEWEST_PLACES:
+            return dense([Factors(self.written(), signals)])  # type: ignore[no-any-return]
+        out = signals.new_empty(n, k, g * o * self.shape[3])
+        planes = signals.permute(0, 1, 3, 4, 2)
+        if n and k and not planes[0, 0].is_contiguous():
+            planes = planes.contiguous()
+        planes = planes.unflatten(4, self.places)  # type: ignore[no-untyped-call]
+        kernels(out).jacobian_convolution_rows(self.x.contiguous(), planes, out, threads())
+        return out
 
 
 def windows(
@@ -36,10 +115,7 @@ def windows(
     """
     x = x.detach().contiguous()
     spatial = x.shape[2:]
-    counts = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(spatial, kernel, stride, dilation, strict=True)
-    ]
+    counts = Windows(x, kernel, stride, dilation).places
     places = torch.zeros(1, dtype=torch.int64, device=x.device)
     offsets = torch.arange(x.shape[1], device=x.device) * spatial.numel()
     step = spatial.numel()

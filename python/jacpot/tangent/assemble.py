@@ -154,7 +154,7 @@ def assemble(
         if bias:
             waiting.pop(0)
         pattern, order = _layout(weight, column, patterns)
-        blocks.append(Factors(weight.activations, weight.signals, pattern, bias))
+        blocks.append(Factors(weight.written, weight.signals, pattern, bias))
         orders.append(order)
     return blocks, orders
 
@@ -167,7 +167,7 @@ def _joined(found: Sequence[Term]) -> Outer | None:
     first = weights[0]
     if any((w.shape, w.transposed) != (first.shape, first.transposed) for w in weights):
         return None
-    activations = _contiguous([w.activations for w in weights], 1)
+    activations = _contiguous([w.written for w in weights], 1)
     if len(weights) == 1 and _positions_innermost(first.signals):
         return Outer(activations, first.signals, first.transposed)
     return Outer(activations, _contiguous([w.signals for w in weights], 2), first.transposed)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacpot.ops.jacobian_windows import windows
+from jacpot.ops.jacobian_windows import Windows
 from jacpot.tangent.rules.registry import register_layer_rule
 from jacpot.tangent.rules.terms import Outer, Rows, Summed, Term
 
@@ -66,11 +66,9 @@ def convolution(
         pads = [(p, p) for p in _each(0 if padding == "valid" else padding, dims)]  # type: ignore[arg-type]
     if any(p for pair in pads for p in pair):
         input = F.pad(input, [p for pair in reversed(pads) for p in pair])
-    x = windows(input, kernel, _each(stride, dims), dilation)  # (M, T, C·kernel)
+    a = Windows(input, kernel, _each(stride, dims), dilation, groups)
     m, k = signals.shape[:2]
-    t = x.shape[1]
-    a = x.view(m, t, groups, weight[0].numel())
-    delta = signals.reshape(m, k, groups, -1, t).movedim(4, 2)
+    delta = signals.reshape(m, k, groups, len(weight) // groups, -1).movedim(4, 2)
     return {"weight": Outer(a, delta), "bias": Summed(delta)}
 
 

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from jacpot.ops.jacobian import Factors, dense
+from jacpot.ops.jacobian_windows import Windows
 
 __all__ = ["Fold", "Outer", "Rows", "Summed", "Term", "positions", "reduced"]
 
@@ -53,20 +54,28 @@ class Outer:
     Parameters
     ----------
     activations
-        ``(M, T, G, I)``.
+        ``(M, T, G, I)``; those of a convolution need not be written out.
     signals
         ``(M, K, T, G, O)``.
     transposed
         Whether the parameter is laid out as ``(G, I, O)`` instead of ``(G, O, I)``.
     """
 
-    activations: Tensor
+    activations: Tensor | Windows
     signals: Tensor
     transposed: bool = False
 
     def folded(self, fold: Fold) -> Outer:
         """Count per example."""
-        return Outer(fold(self.activations, 1), fold(self.signals, 2), self.transposed)
+        whole = isinstance(self.activations, Windows) and self.activations.shape[0] == fold.n
+        a = self.activations[: fold.keep] if whole else fold(self.written, 1)
+        return Outer(a, fold(self.signals, 2), self.transposed)
+
+    @property
+    def written(self) -> Tensor:
+        """The activations, written out."""
+        a = self.activations
+        return a.written() if isinstance(a, Windows) else a
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,7 +91,11 @@ class Outer:
 
     def rows(self) -> Tensor:
         """Multiply out, ``(M, K, G·O·I)`` in the parameter's own order."""
-        product: Tensor = dense([Factors(self.activations, self.signals)])
+        a = self.activations
+        if isinstance(a, Windows):
+            product = a.rows(self.signals)
+        else:
+            product = dense([Factors(a, self.signals)])
         if self.transposed:
             product = product.reshape(*product.shape[:2], *self.shape).transpose(3, 4).flatten(2)
         return product
