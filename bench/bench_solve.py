@@ -64,7 +64,10 @@ def conjugate_gradients(report: Report, size: int) -> None:
                 )[:, 0]  # fmt: skip
 
         contenders["linear_cg"] = gpytorch_cg
-    report.compare(f"CG, {size} x {size}, {iterations} iterations", contenders, agree=None)
+    # Each alone in its turn: what a program sees that uses one of them.
+    report.compare(
+        f"CG, {size} x {size}, {iterations} iterations", contenders, agree=None, settle=0.1
+    )
 
 
 def direct(report: Report, size: int) -> None:

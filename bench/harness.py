@@ -101,10 +101,14 @@ def alternate(
     budget: float = 3.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
-    """Time the contenders call by call in turns, after one warm-up call of each.
+    """Time the contenders in turns, after one warm-up call of each.
 
-    Rounds go on until ``budget`` seconds have passed in all.
+    Rounds go on until ``budget`` seconds have passed in all. A turn is one call; with ``settle``
+    it is that many seconds of untimed calls, and then as many of timed ones. Calls of a few
+    milliseconds need it: the threads of OpenBLAS and of OpenMP go on spinning for tens of them when
+    their work is done, and would hold cores that the next contender counts on.
     """
     clock = clock or (cuda_clock if on_gpu() else wall_clock)
     for call in contenders.values():
@@ -119,11 +123,21 @@ def alternate(
             if round_ >= min_rounds and time.perf_counter() - start > budget:
                 break
             for name, call in contenders.items():
-                seconds[name].append(clock(call))
+                seconds[name] += _turn(call, clock, settle)
     finally:
         if was_enabled:
             gc.enable()
     return {name: Timing(name, times) for name, times in seconds.items()}
+
+
+def _turn(call: Callable[[], Any], clock: Clock, settle: float) -> list[float]:
+    settled = time.perf_counter() + settle
+    while time.perf_counter() < settled:
+        call()
+    seconds = [clock(call)]
+    while time.perf_counter() < settled + settle:
+        seconds.append(clock(call))
+    return seconds
 
 
 def _flatten(value: Any) -> list[torch.Tensor]:

@@ -103,6 +103,7 @@ class Dense final : public Operator {
   double unit_roundoff(Accuracy accuracy) const override {
     return operator_->unit_roundoff(accuracy);
   }
+  bool calls_out(std::int64_t count) const override { return operator_->calls_out(count); }
   Status apply(const double* x, double* y, std::int64_t count, Accuracy accuracy) const override {
     return operator_->apply(x, y, count, accuracy);
   }

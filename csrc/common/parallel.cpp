@@ -4,6 +4,7 @@
 #include <pthread.h>
 #if defined(__linux__)
 #include <link.h>
+#include <sched.h>
 #endif
 
 #include <algorithm>
@@ -20,6 +21,7 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 struct OpenMP {
   GompParallel parallel = nullptr;
+  int (*team_size)() = nullptr;
   std::string path = "std::thread";
 };
 
@@ -48,8 +50,11 @@ OpenMP find_openmp() {
   });
   for (const auto& path : paths) {
     if (void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
-      if (void* symbol = dlsym(library, "GOMP_parallel"))
-        return {reinterpret_cast<GompParallel>(symbol), path};
+      void* parallel = dlsym(library, "GOMP_parallel");
+      void* team_size = dlsym(library, "omp_get_num_threads");
+      if (parallel && team_size)
+        return {reinterpret_cast<GompParallel>(parallel), reinterpret_cast<int (*)()>(team_size),
+                path};
       dlclose(library);
     }
   }
@@ -75,6 +80,127 @@ struct Work {
   }
 };
 
+// In a loop: what is waited for is near, unless the thread that owes it has no core to run on.
+template <class Condition>
+void wait_until(Condition&& holds) {
+  constexpr int patience = 2000;
+  for (int turn = 0; !holds(); ++turn) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (turn >= patience) std::this_thread::yield();
+  }
+}
+
+#if defined(__linux__)
+int current_core() { return sched_getcpu(); }
+
+// Moves the calling thread to another core than its own, if there is one it may run on.
+void change_core() {
+  cpu_set_t allowed;
+  if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(current_core(), &others);
+  if (CPU_COUNT(&others) == 0) return;
+  pthread_setaffinity_np(pthread_self(), sizeof others, &others);
+  pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+}
+#else
+int current_core() { return -1; }
+void change_core() {}
+#endif
+
+// A parallel region. Its helpers may have gone to sleep, and in a virtual machine Linux likes to
+// wake them on the very core that the caller runs on: other cores, halted, look taken by another
+// guest. OpenMP's barriers spin, so the two would take turns at the scheduler's tick, milliseconds
+// for each region. So the caller lets its helpers in before it goes to the barrier, and a helper
+// that finds itself on the caller's core moves to another.
+class Region {
+ public:
+  using Role = void (*)(void* context, bool helper);
+
+  static void run(int threads, Role role, void* context) {
+    Region region(role, context);
+    openmp().parallel(&Region::enter, &region, static_cast<unsigned>(threads), 0);
+  }
+
+ private:
+  Region(Role role, void* context) : role_(role), context_(context) {}
+
+  static void enter(void* self) {
+    auto& region = *static_cast<Region*>(self);
+    if (std::this_thread::get_id() == region.caller_) {
+      region.role_(region.context_, false);
+      const int helpers = openmp().team_size() - 1;
+      wait_until([&] { return region.arrived_.load(std::memory_order_relaxed) == helpers; });
+    } else {
+      if (current_core() == region.core_) change_core();
+      region.arrived_.fetch_add(1, std::memory_order_relaxed);
+      region.role_(region.context_, true);
+    }
+  }
+
+  const Role role_;
+  void* const context_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  const int core_ = current_core();
+  std::atomic<int> arrived_{0};
+};
+
+// The threads of one region, which serve what its caller hands out until that has returned.
+class Team {
+ public:
+  Team(void (*body)(void*), void* context) : body_(body), context_(context) {}
+
+  // The team of the calling thread, while it leads one and is not in a task of it.
+  static Team*& led() {
+    static thread_local Team* team = nullptr;
+    return team;
+  }
+  static void take_part(void* self, bool helper) {
+    auto& team = *static_cast<Team*>(self);
+    helper ? team.follow() : team.lead();
+  }
+  void run(Work& work) {
+    led() = nullptr;
+    busy_.store(helpers_, std::memory_order_relaxed);
+    post(&work);
+    Work::drain(&work);
+    wait_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+    led() = this;
+  }
+
+ private:
+  void lead() {
+    helpers_ = openmp().team_size() - 1;
+    led() = this;
+    body_(context_);
+    led() = nullptr;
+    post(nullptr);
+  }
+  void follow() {
+    for (unsigned seen = 0;; ++seen) {
+      wait_until([&] { return posted_.load(std::memory_order_acquire) != seen; });
+      if (!work_) return;
+      Work::drain(work_);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+  void post(Work* work) {
+    work_ = work;
+    posted_.fetch_add(1, std::memory_order_release);
+  }
+
+  void (*const body_)(void*);
+  void* const context_;
+  int helpers_ = 0;
+  alignas(64) std::atomic<unsigned> posted_{0};
+  Work* work_ = nullptr;
+  alignas(64) std::atomic<int> busy_{0};
+};
+
+bool openmp_usable() { return openmp().parallel && !forked; }
+
 }  // namespace
 
 void run_tasks(int threads, std::int64_t tasks, TaskFunction function, void* context) {
@@ -82,8 +208,10 @@ void run_tasks(int threads, std::int64_t tasks, TaskFunction function, void* con
   Work work{.tasks = tasks, .function = function, .context = context};
   if (team <= 1) {
     Work::drain(&work);
-  } else if (openmp().parallel && !forked) {
-    openmp().parallel(&Work::drain, &work, static_cast<unsigned>(team), 0);
+  } else if (Team::led() && !forked) {
+    Team::led()->run(work);
+  } else if (openmp_usable()) {
+    Region::run(team, [](void* self, bool) { Work::drain(self); }, &work);
   } else {
     std::vector<std::thread> helpers;
     try {
@@ -94,6 +222,12 @@ void run_tasks(int threads, std::int64_t tasks, TaskFunction function, void* con
     Work::drain(&work);
     for (auto& helper : helpers) helper.join();
   }
+}
+
+void run_with_team(int threads, void (*body)(void*), void* context) {
+  if (threads <= 1 || Team::led() || !openmp_usable()) return body(context);
+  Team team(body, context);
+  Region::run(threads, &Team::take_part, &team);
 }
 
 const char* thread_runtime() { return forked ? "std::thread" : openmp().path.c_str(); }

@@ -27,6 +27,20 @@ void parallel_for(int threads, std::int64_t tasks, F&& body) {
       const_cast<std::remove_const_t<Body>*>(&body));
 }
 
+// Runs body() on the calling thread. The parallel_for calls in it are served by threads that stand
+// by meanwhile, waiting in a loop: two cache lines change hands for a call, and not the bookkeeping
+// of a parallel region. For bodies that call parallel_for every few microseconds, and no other
+// library that brings threads of its own.
+void run_with_team(int threads, void (*body)(void*), void* context);
+
+template <class F>
+void with_team(int threads, F&& body) {
+  using Body = std::remove_reference_t<F>;
+  run_with_team(
+      threads, [](void* context) { (*static_cast<Body*>(context))(); },
+      const_cast<std::remove_const_t<Body>*>(&body));
+}
+
 const char* thread_runtime();  // the path of the OpenMP library in use, or "std::thread"
 
 }  // namespace jacpot

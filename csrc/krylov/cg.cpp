@@ -1,9 +1,9 @@
 // Preconditioned conjugate gradients (Hestenes & Stiefel 1952) for several right-hand sides, with
 // residual replacement: products run at working accuracy (float32 as a rule), and as soon as
-// their accumulated rounding could matter, the residual is recomputed at full accuracy while the
-// search direction is kept (van der Vorst & Ye 2000; "reliable updates" of Clark et al. 2010). So
-// a float32 operator reaches float64 residuals at nearly float32 cost. beta = -(z·Ap)/(p·Ap)
-// keeps directions conjugate after a replacement and with an inexact preconditioner.
+// their accumulated rounding could matter, the residual is recomputed at full accuracy and the
+// search starts from it (van der Vorst & Ye 2000; "reliable updates" of Clark et al. 2010). So a
+// float32 operator reaches float64 residuals at nearly float32 cost. beta = -(z·Ap)/(p·Ap) keeps
+// directions conjugate with an inexact preconditioner.
 #include <vector>
 
 #include "krylov/solver.hpp"
@@ -47,6 +47,7 @@ class ConjugateGradients {
         shape_{a.rows(), count, control.threads},
         column_(static_cast<std::size_t>(count)),
         alpha_(column_.size()),
+        curvature_(column_.size()),
         beta_(column_.size()),
         one_(column_.size(), 1.0),
         damping_column_(column_.size(), damping) {
@@ -167,14 +168,14 @@ class ConjugateGradients {
       Column& column = column_[c];
       alpha_[c] = 0;
       if (!column.active) continue;
-      const double pq = dot_[0][c], pp = dot_[1][c], pr = dot_[3][c];
+      const double pq = curvature_[c] = dot_[0][c], pp = dot_[1][c], pr = dot_[3][c];
       if (!std::isfinite(pq) || !std::isfinite(pr)) {
         column.stop(Outcome::non_finite);
         continue;
       }
       if (pr <= 0) {
-        // Either a replacement turned the residual away from p, and p is given up for z, or z
-        // itself is no descent direction.
+        // Either a replacement on behalf of another column turned the residual away from p, and p
+        // is given up for z, or z itself is no descent direction.
         if (column.fresh) column.stop(inverse_ ? Outcome::preconditioner : Outcome::stagnated);
         column.fresh = true;
         continue;
@@ -200,8 +201,12 @@ class ConjugateGradients {
       column.norm_r = std::sqrt(dot_[2][c]);
       worst = std::max(worst, column.norm_r / column.norm_b);
       column.claimed = !(column.norm_r > control_.tolerance * column.norm_b);
-      due |= column.claimed ||
-             column.gap_squared > gap_share * gap_share * column.norm_r * column.norm_r;
+      // The direction belongs to the recurred residual: from the true one, where the two differ, a
+      // new search takes fewer iterations.
+      const bool differs = column.claimed || column.gap_squared > gap_share * gap_share *
+                                                                      column.norm_r * column.norm_r;
+      column.fresh |= differs;
+      due |= differs;
     }
     interrupted_ = !control_.go_on(report_.iterations, worst);
     if (due) {
@@ -212,10 +217,9 @@ class ConjugateGradients {
     }
     if (!any_active()) return {};
     if (const Status status = precondition(); !status.ok()) return status;
-    const std::vector<double> pq = dot_[0];
     sum(z(), q(), 3);
     for (std::size_t c = 0; c < column_.size(); ++c)
-      beta_[c] = column_[c].active && !column_[c].fresh ? -dot_[3][c] / pq[c] : 0.0;
+      beta_[c] = column_[c].active && !column_[c].fresh ? -dot_[3][c] / curvature_[c] : 0.0;
     combine(shape_, one_.data(), z(), beta_.data(), p());
     return {};
   }
@@ -265,7 +269,7 @@ class ConjugateGradients {
   const Control& control_;
   const Shape shape_;
   std::vector<Column> column_;
-  std::vector<double> alpha_, beta_, one_, damping_column_;
+  std::vector<double> alpha_, curvature_, beta_, one_, damping_column_;
   std::vector<double> dot_[4];
   Scratch<double> vectors_, partial_;
   Accuracy accuracy_ = Accuracy::working;
@@ -280,7 +284,11 @@ class ConjugateGradients {
 Status cg(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
           const double* b, double* x, const Control& control, double* residual_norms,
           Report* report) {
-  return ConjugateGradients(a, damping, inverse, count, b, x, control).run(residual_norms, report);
+  ConjugateGradients solver(a, damping, inverse, count, b, x, control);
+  if (inverse || a.calls_out(count)) return solver.run(residual_norms, report);
+  Status status;
+  with_team(control.threads, [&] { status = solver.run(residual_norms, report); });
+  return status;
 }
 
 }  // namespace jacpot::krylov

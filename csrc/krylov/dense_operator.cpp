@@ -10,6 +10,7 @@
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "krylov/symmetric.hpp"
+#include "krylov/vector_kernels.hpp"
 
 namespace jacpot::krylov {
 namespace {
@@ -29,6 +30,7 @@ class Dense final : public Operator {
     return accuracy == Accuracy::full ? std::numeric_limits<double>::epsilon() / 2
                                       : std::numeric_limits<T>::epsilon() / 2;
   }
+  bool calls_out(std::int64_t count) const override { return !(symmetric_ && count == 1); }
   Status apply(const double* x, double* y, std::int64_t count, Accuracy accuracy) const override {
     return multiply(false, x, y, count, accuracy);
   }
@@ -40,13 +42,12 @@ class Dense final : public Operator {
  private:
   Status multiply(bool transposed, const double* x, double* y, std::int64_t count,
                   Accuracy accuracy) const {
-    if constexpr (std::is_same_v<T, double>) {
-      if (accuracy == Accuracy::working && symmetric_ && count == 1) return half(x, y);
+    if (symmetric_ && count == 1) return accuracy == Accuracy::full ? all(x, y) : half(x, y);
+    if constexpr (std::is_same_v<T, double>)
       return gemm(transposed, x, y, count);
-    } else {
+    else
       return accuracy == Accuracy::full ? widened(transposed, x, y, count)
                                         : narrowed(transposed, x, y, count);
-    }
   }
   Status gemm(bool transposed, const T* x, T* y, std::int64_t count) const {
     const std::int64_t m = transposed ? columns() : rows(), k = transposed ? rows() : columns();
@@ -58,8 +59,7 @@ class Dense final : public Operator {
     return std::clamp<std::int64_t>(rows() * rows() / (1 << 16), 1, std::max(threads_, 1));
   }
   // One vector, from the upper half of the matrix; each task has a result of its own.
-  template <class In, class Out>
-  Status half(const In* x, Out* y) const {
+  Status half(const double* x, double* y) const {
     const std::int64_t n = rows();
     if (!packed_ && n * n * std::int64_t{sizeof(T)} <= 2 * packed_bytes)
       if (const Status status = pack(); !status.ok()) return status;
@@ -68,18 +68,17 @@ class Dense final : public Operator {
     T* narrow = packed_ ? packed_->vectors.get() : own.get();
     if (!narrow) return no_memory;
     T* partial = narrow + size;
-    for (std::int64_t i = 0; i < n; ++i) narrow[i] = static_cast<T>(x[i]);
+    std::copy(x, x + n, narrow);
     std::fill(narrow + n, narrow + size, T(0));
     parallel_for(threads_, tasks(), [&](std::int64_t task) {
       T* out = partial + task * size;
       std::fill(out, out + size, T(0));
       packed_ ? add_bands(task, narrow, out) : add_strips(task, narrow, out);
     });
-    for (std::int64_t i = 0; i < n; ++i) {
-      T sum = partial[i];
-      for (std::int64_t task = 1; task < tasks(); ++task) sum += partial[task * size + i];
-      y[i] = sum;
-    }
+    std::copy(partial, partial + n, y);
+    for (std::int64_t task = 1; task < tasks(); ++task)
+      for (std::int64_t i = 0; i < n; ++i) y[i] += partial[task * size + i];
+    downwards_ = !downwards_;
     return {};
   }
   // Interleaved strips of rows even out the work.
@@ -90,10 +89,14 @@ class Dense final : public Operator {
       kernels().multiply(matrix_.data, matrix_.stride[0], n, begin, std::min(n, begin + strip), x,
                          out);
   }
+  // Every other product goes backwards: it begins with what the one before has left in the cache.
   void add_bands(std::int64_t task, const T* x, T* out) const {
-    for (std::int64_t i = task; i < packed_->bands(); i += tasks())
+    const std::int64_t step = tasks(), count = (packed_->bands() - task + step - 1) / step;
+    for (std::int64_t k = 0; k < count; ++k) {
+      const std::int64_t i = task + (downwards_ ? k : count - 1 - k) * step;
       packed_->kernels.multiply_band(packed_->data.get() + packed_->offsets[i],
                                      i * packed_->kernels.band_rows, packed_->size, x, out);
+    }
   }
   // The instruction set stays that of the packing.
   Status pack() const {
@@ -125,7 +128,6 @@ class Dense final : public Operator {
   }
   // The whole product in float32.
   Status narrowed(bool transposed, const double* x, double* y, std::int64_t count) const {
-    if (symmetric_ && count == 1) return half(x, y);
     const std::int64_t in = (transposed ? rows() : columns()) * count;
     const std::int64_t out = (transposed ? columns() : rows()) * count;
     const auto buffer = allocate_scratch<T>(in + out);
@@ -136,19 +138,26 @@ class Dense final : public Operator {
     std::copy(narrow_y, narrow_y + out, y);
     return status;
   }
+  // One vector, from all of the matrix, with float64 arithmetic.
+  Status all(const double* x, double* y) const {
+    constexpr std::int64_t panel = 64;
+    const VectorTable& table = active_table(static_cast<const VectorTable*>(nullptr));
+    parallel_for(threads_, (rows() + panel - 1) / panel, [&](std::int64_t task) {
+      const std::int64_t end = std::min(rows(), (task + 1) * panel);
+      for (std::int64_t i = task * panel; i < end; ++i) {
+        const T* row = matrix_.data + i * matrix_.stride[0];
+        if constexpr (std::is_same_v<T, double>)
+          y[i] = table.dot(columns(), row, x);
+        else
+          y[i] = table.widened_dot(columns(), row, x);
+      }
+    });
+    return {};
+  }
   // The float32 matrix with float64 arithmetic: panels of rows are converted while in cache.
   Status widened(bool transposed, const double* x, double* y, std::int64_t count) const {
     constexpr std::int64_t panel = 64;
     const std::int64_t n = columns();
-    if (count == 1 && (!transposed || symmetric_)) {
-      const SymmetricTable& table = active_table(static_cast<const SymmetricTable*>(nullptr));
-      parallel_for(threads_, (rows() + panel - 1) / panel, [&](std::int64_t task) {
-        const std::int64_t end = std::min(rows(), (task + 1) * panel);
-        for (std::int64_t i = task * panel; i < end; ++i)
-          y[i] = table.widened_dot(matrix_.data + i * matrix_.stride[0], n, x);
-      });
-      return {};
-    }
     const auto wide = allocate_scratch<double>(panel * n);
     if (!wide) return no_memory;
     if (transposed || rows() == 0) std::fill(y, y + (transposed ? n : 0) * count, 0.0);
@@ -181,6 +190,7 @@ class Dense final : public Operator {
   const bool symmetric_;
   const int threads_;
   mutable std::unique_ptr<Packed> packed_;
+  mutable bool downwards_ = true;
 };
 
 }  // namespace

@@ -17,6 +17,8 @@ class Operator {
   virtual std::int64_t rows() const = 0;
   virtual std::int64_t columns() const = 0;
   virtual double unit_roundoff(Accuracy accuracy) const = 0;
+  // Whether products of `count` columns run in other libraries, with threads of their own.
+  virtual bool calls_out(std::int64_t) const { return true; }
   // y (rows, count) = A · x (columns, count)
   virtual Status apply(const double* x, double* y, std::int64_t count, Accuracy accuracy) const = 0;
   // y (columns, count) = Aᵀ · x (rows, count)

@@ -28,8 +28,6 @@ struct SymmetricKernels {
 struct SymmetricTable {
   SymmetricKernels<float> single_precision;
   SymmetricKernels<double> double_precision;
-  // ⟨row, x⟩ of a float32 row with float64 arithmetic.
-  double (*widened_dot)(const float* row, std::int64_t size, const double* x);
 };
 
 }  // namespace jacpot::krylov

@@ -1,3 +1,4 @@
+#include "common/shuffle.hpp"
 #include "common/simd.hpp"
 #include "krylov/symmetric.hpp"
 
@@ -91,6 +92,7 @@ void pack_band(const T* a, std::int64_t stride, std::int64_t actual, std::int64_
 template <class T>
 void multiply_band(const T* from, std::int64_t row, std::int64_t size, const T* x, T* y) {
   using V = Simd<T>;
+  using S = Shuffle<T>;
   typename V::Vec sum[band], factor[band];
   for (int r = 0; r < band; ++r) {
     sum[r] = V::zero();
@@ -102,7 +104,9 @@ void multiply_band(const T* from, std::int64_t row, std::int64_t size, const T* 
     auto even = V::load(y + j), odd = V::zero();
 #pragma GCC unroll 8
     for (int r = 0; r < band; r += 2) {
-      const auto v = V::load(from + r * V::width), w = V::load(from + (r + 1) * V::width);
+      auto v = V::load(from + r * V::width), w = V::load(from + (r + 1) * V::width);
+      S::keep(v);
+      S::keep(w);
       sum[r] = V::fma(v, xj, sum[r]);
       sum[r + 1] = V::fma(w, xj, sum[r + 1]);
       even = V::fma(v, factor[r], even);
@@ -111,7 +115,14 @@ void multiply_band(const T* from, std::int64_t row, std::int64_t size, const T* 
     V::store(y + j, even + odd);
     from += band * V::width;
   }
-  for (int r = 0; r < band; ++r) y[row + r] += V::sum(sum[r]) + from[r] * x[row + r];
+  for (int r = 0; r < band; ++r) y[row + r] += from[r] * x[row + r];
+#pragma GCC unroll 4
+  for (int r = 0; r < band; r += S::lane) {
+    typename V::Vec some[S::lane];
+#pragma GCC unroll 4
+    for (int k = 0; k < S::lane; ++k) some[k] = sum[r + k];
+    S::add_sums(some, y + row + r);
+  }
 }
 
 template <class T>
@@ -119,26 +130,7 @@ constexpr krylov::SymmetricKernels<T> table_of() {
   return {&multiply<T>, band, block<T>, &band_size<T>, &pack_band<T>, &multiply_band<T>};
 }
 
-double widened_dot(const float* row, std::int64_t size, const double* x) {
-  using V = Simd<double>;
-  typedef float Narrow __attribute__((vector_size(JACPOT_VECTOR_BYTES / 2), aligned(4), may_alias));
-  constexpr int chains = 4;
-  V::Vec sum[chains];
-  for (auto& s : sum) s = V::zero();
-  std::int64_t j = 0;
-  for (; j + chains * V::width <= size; j += chains * V::width)
-#pragma GCC unroll 4
-    for (int c = 0; c < chains; ++c) {
-      const auto at = j + c * V::width;
-      const auto narrow = *reinterpret_cast<const Narrow*>(row + at);
-      sum[c] = V::fma(__builtin_convertvector(narrow, V::Vec), V::load(x + at), sum[c]);
-    }
-  double total = V::sum(sum[0] + sum[1] + (sum[2] + sum[3]));
-  for (; j < size; ++j) total += static_cast<double>(row[j]) * x[j];
-  return total;
-}
-
-constexpr SymmetricTable kernels{table_of<float>(), table_of<double>(), &widened_dot};
+constexpr SymmetricTable kernels{table_of<float>(), table_of<double>()};
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "krylov/vector_kernels.hpp"
 
 namespace jacpot::krylov {
 
@@ -50,14 +51,10 @@ void reduce(const Shape& shape, std::int64_t width, double* partial, double* out
 inline void dots(const Shape& shape, const double* x, const double* y, double* partial,
                  double* out) {
   const std::int64_t count = shape.count;
+  const VectorTable& kernels = active_table(static_cast<const VectorTable*>(nullptr));
   reduce(shape, count, partial, out, [=](std::int64_t begin, std::int64_t end, double* sums) {
     if (count == 1) {
-      double lanes[8] = {};
-      std::int64_t i = begin;
-      for (; i + 8 <= end; i += 8)
-        for (int l = 0; l < 8; ++l) lanes[l] += x[i + l] * y[i + l];
-      for (; i < end; ++i) lanes[0] += x[i] * y[i];
-      for (double lane : lanes) sums[0] += lane;
+      *sums += kernels.dot(end - begin, x + begin, y + begin);
       return;
     }
     for (std::int64_t i = begin; i < end; ++i)
@@ -69,10 +66,10 @@ inline void dots(const Shape& shape, const double* x, const double* y, double* p
 inline void combine(const Shape& shape, const double* alpha, const double* x, const double* scale,
                     double* y) {
   const std::int64_t count = shape.count;
+  const VectorTable& kernels = active_table(static_cast<const VectorTable*>(nullptr));
   shape.for_chunks([=](std::int64_t begin, std::int64_t end, std::int64_t) {
     if (count == 1) {
-      const double a = *alpha, s = *scale;
-      for (std::int64_t i = begin; i < end; ++i) y[i] = s * y[i] + a * x[i];
+      kernels.combine(end - begin, *alpha, x + begin, *scale, y + begin);
       return;
     }
     for (std::int64_t i = begin; i < end; ++i)

@@ -1,7 +1,7 @@
 #include "masked_matmul/kernels.hpp"
 
+#include "common/shuffle.hpp"
 #include "common/simd.hpp"
-#include "masked_matmul/shuffle.hpp"
 
 namespace jacpot::JACPOT_ISA {
 namespace {

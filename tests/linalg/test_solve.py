@@ -176,6 +176,22 @@ def test_callback_sees_and_stops():
     assert solution.history == [residual for _, residual, _ in seen]
 
 
+def test_callback_may_solve_and_multiply_while_threads_stand_by():
+    a, b = spd(600, 100, torch.float32), right(600, 1, torch.float32)
+    inner = []
+
+    def callback(iteration, residual, seconds):
+        if iteration == 3:
+            product = (a @ a).double()
+            torch.testing.assert_close(product, a.double() @ a.double(), rtol=1e-4, atol=1e-5)
+            inner.append(jacpot.solve(a, b, method="cg"))
+
+    outer = jacpot.solve(a, b, callback=callback, method="cg")
+    assert outer.converged
+    assert inner[0].converged
+    torch.testing.assert_close(inner[0].x, outer.x, rtol=0, atol=1e-5)
+
+
 def test_interrupt_leaves_the_iterate():
     def callback(iteration, residual, seconds):
         if iteration == 20:
