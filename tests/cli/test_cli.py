@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -134,6 +135,7 @@ def _counting(computed, stop=None, original=study.run_seed):
         (["--learning-rate", "-1"], "learning_rate: expected a positive"),
         (["--learning-rate", "0"], "learning_rate: expected a positive"),
         (["--device", "abacus"], "device: 'abacus' cannot be used"),
+        (["--device", "meta"], "device: 'meta' cannot be used"),
         (["--train-size", "5000"], "train_size: expected 1 to 1144"),
     ],
 )
@@ -173,6 +175,43 @@ def test_other_settings_in_the_same_folder(tmp_path):
     shown = run(*QUICK, "--out", tmp_path, "--ridge", "0.5")
     assert shown.exit_code == 2
     assert "ridges was [1.0, 0.1] and is now [0.5]" in shown.output
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    shown = run(*QUICK, "--out", "/proc/results")
+    assert shown.exit_code == 2
+    assert "/proc/results" in shown.output
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    shown = run(*QUICK, "--out", tmp_path, "--fresh")
+    assert shown.exit_code == 2
+    assert "holds the results of `jacpot tickets`" in " ".join(shown.output.split())
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
+    def full(settings, parts, seed, progress):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run(*QUICK, "--out", tmp_path, "--seeds", 1).exit_code == 0
+    monkeypatch.setattr(study, "run_seed", full)
+    shown = run(*QUICK, "--out", tmp_path)
+    assert shown.exit_code == 1
+    assert "No space left on device; finished seeds are kept" in shown.output
+    assert list(json.loads((tmp_path / "result.json").read_text())["runs"]) == ["0"]
+
+
+def test_a_single_test_example_says_nothing_of_the_kernel(tmp_path):
+    shown = run(*QUICK, "--seeds", 1, "--test-size", 1, "--out", tmp_path)
+    assert shown.exit_code == 0, shown.output
+    assert "kernel moved" not in shown.output
+
+
+def test_version():
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output == f"jacpot {jacpot.build_info()['version']}\n"
 
 
 def test_info():

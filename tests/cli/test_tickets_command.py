@@ -4,11 +4,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jacpot.cli.app import app
+from jacpot.studies.tickets_report import draw
 
-QUICK = [
-    *("--width", "8", "--train-size", "60", "--test-size", "40"),
-    *("--steps", "10", "--rounds", "1", "--density", "0.5"),
-]
+SMALL = [*("--width", "8", "--train-size", "60", "--test-size", "40"), "--steps", "10"]
+QUICK = [*SMALL, "--density", "0.5"]
 
 
 def run(*arguments):
@@ -17,7 +16,8 @@ def run(*arguments):
 
 @pytest.mark.parametrize("method", ["imp", "synflow", "edge-popup"])
 def test_a_table_a_figure_and_numbers(tmp_path, method):
-    shown = run(method, *QUICK, "--out", tmp_path)
+    options = [*SMALL, "--rounds", "1"] if method == "imp" else QUICK
+    shown = run(method, *options, "--out", tmp_path)
     assert shown.exit_code == 0, shown.output
     assert "density" in shown.output
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -26,7 +26,7 @@ def test_a_table_a_figure_and_numbers(tmp_path, method):
     assert result["environment"]["torch"]
     kinds = {row["kind"] for row in result["rows"]}
     assert kinds == ({"ticket", "reinitialised", "random"} if method == "imp" else {method})
-    again = run(method, *QUICK, "--out", tmp_path)
+    again = run(method, *options, "--out", tmp_path)
     assert again.exit_code == 0
     assert json.loads((tmp_path / "tickets.json").read_text())["rows"] == result["rows"]
 
@@ -40,3 +40,37 @@ def test_errors_name_the_argument(tmp_path):
     shown = run("snip", *QUICK, "--out", tmp_path, "--steps", "11")
     assert shown.exit_code == 2
     assert "another recipe" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("snip", ["--density", "half"], "density: expected a number or several"),
+        ("snip", ["--width", "300;100"], "width: expected a number or several"),
+        ("edge-popup", ["--width", "0"], "width: expected positive widths"),
+        ("imp", ["--density", "0.5"], "density: has no meaning for imp"),
+        ("zhou", ["--scope", "erk"], "scope: has no meaning for zhou"),
+        ("snip", ["--rounds", "2"], "rounds: has no meaning for snip"),
+        ("snip", ["--device", "meta"], "device: 'meta' cannot be used"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, method, arguments, message):
+    shown = run(method, *SMALL, *arguments, "--out", tmp_path / "out")
+    assert shown.exit_code == 2
+    assert message in shown.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    for fresh in ([], ["--fresh"]):
+        shown = run("snip", *QUICK, "--out", tmp_path, *fresh)
+        assert shown.exit_code == 2
+        assert "holds the results of `jacpot compare`" in " ".join(shown.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_an_empty_ticket_is_drawn_without_a_warning(tmp_path):
+    row = {"kind": "snip", "accuracy": 0.5, "early_stop": 3, "seeds": 1}
+    draw([{**row, "density": 0.1}, {**row, "density": 0.0}], tmp_path / "figure.png", "title")
+    draw([{**row, "density": 0.0}], tmp_path / "figure.png", "title")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -34,3 +36,6 @@ def test_kernel_change():
     assert measures.kernel_change(kernel, moved @ moved.T) == pytest.approx(0, abs=1e-12)
     other = torch.randn(30, 5, dtype=torch.float64)
     assert 0.5 < measures.kernel_change(kernel, other @ other.T) < 1
+    # Centring leaves nothing of the kernel of one example, or of a constant one.
+    for flat in (torch.ones(1, 1), torch.ones(4, 4), torch.zeros(3, 3)):
+        assert math.isnan(measures.kernel_change(flat, flat))

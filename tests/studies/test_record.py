@@ -51,7 +51,7 @@ def test_other_settings_are_refused(tmp_path):
         open_record(tmp_path, {**SETTINGS, "net": "cnn"})
     with pytest.raises(ValueError, match="depth was None and is now 3"):
         open_record(tmp_path, {**SETTINGS, "depth": 3})
-    with pytest.raises(ValueError, match="belongs to the study 'compare'"):
+    with pytest.raises(ValueError, match="holds the results of `jacpot compare`"):
         open_record(tmp_path, study="tickets")
     assert (tmp_path / "result.json").read_text() == before
     assert open_record(tmp_path, {**SETTINGS, "net": "cnn"}, fresh=True).runs == {}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jacpot.cli.device import usable
+from jacpot.cli.options import numbers, usable
 
 if TYPE_CHECKING:
     from jacpot.studies.compare import Settings
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from jacpot.studies.split import Split
 
 __all__ = ["compare"]
-
-Number = TypeVar("Number", int, float)
 
 
 class Net(str, Enum):
@@ -113,7 +110,7 @@ def compare(
         settings = Settings(
             net=net.value,
             widths=_widths(net, width, depth),
-            ridges=RIDGES if ridge is None else tuple(_numbers("ridge", ridge, float)),
+            ridges=RIDGES if ridge is None else numbers("ridge", ridge, float),
             train_size=train_size,
             test_size=test_size,
             tol=tol,
@@ -129,7 +126,11 @@ def compare(
         raise typer.Exit(2) from error
 
     console = Console()
-    interrupted = _run(record, settings, parts, seeds, console)
+    try:
+        interrupted = _run(record, settings, parts, seeds, console)
+    except OSError as error:
+        typer.secho(f"jacpot compare: {error}; finished seeds are kept", err=True, fg="red")
+        raise typer.Exit(1) from error
     if record.runs:
         from jacpot.studies.compare_figure import draw
         from jacpot.studies.compare_table import report
@@ -177,18 +178,9 @@ def _run(record: Record, settings: Settings, parts: Split, seeds: int, console: 
 
 
 def _widths(net: Net, width: str | None, depth: int | None) -> tuple[int, ...]:
-    widths = tuple(_numbers("width", width, int)) if width else (WIDTHS[net],)
+    widths = numbers("width", width, int) if width else (WIDTHS[net],)
     if len(widths) == 1:
         return widths * (2 if depth is None else depth)
     if depth is not None and depth != len(widths):
         raise ValueError(f"depth: {depth} contradicts the {len(widths)} widths {width}")
     return widths
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"{name}: expected a number or several with commas between, got {text!r}"
-        ) from None

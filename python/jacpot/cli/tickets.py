@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jacpot.cli.device import usable
+from jacpot.cli.options import numbers, usable
 
 __all__ = ["tickets"]
 
@@ -29,6 +29,17 @@ class Method(str, Enum):
     edge_popup = "edge-popup"
     zhou = "zhou"
     biprop = "biprop"
+
+
+PRUNING = ("density", "scope", "iterations", "score_size")
+SUPERMASK = ("density", "weights")
+# What else than the options of all is an option of a method; of pruning if it is not named.
+OPTIONS = {
+    Method.imp: ("rounds", "prune_fraction", "rewind"),
+    Method.edge_popup: SUPERMASK,
+    Method.zhou: SUPERMASK,
+    Method.biprop: SUPERMASK,
+}
 
 
 class Net(str, Enum):
@@ -56,6 +67,7 @@ class Weights(str, Enum):
 
 
 def tickets(
+    context: typer.Context,
     method: Annotated[Method, typer.Argument(help="How tickets are found.")],
     data: Annotated[
         str,
@@ -127,7 +139,7 @@ def tickets(
     from jacpot.studies.split import split
     from jacpot.studies.steps import Steps
     from jacpot.studies.ticket_store import Store
-    from jacpot.studies.tickets import SUPERMASKS, TicketSettings, run
+    from jacpot.studies.tickets import SUPERMASKS, TicketSettings, build, run
     from jacpot.studies.tickets_report import draw, summarise, table
 
     name = method.value
@@ -136,7 +148,8 @@ def tickets(
         masks = 0.1 if name == "zhou" else 0.01
         learning_rate = masks if name in SUPERMASKS else 1.2e-3
     try:
-        widths = tuple(int(part) for part in width.split(","))
+        _refuse_idle_options(context, method)
+        widths = numbers("width", width, int)
         if depth is not None:
             if len(widths) != 1:
                 raise ValueError(f"depth: needs a single --width, got {width}")
@@ -146,7 +159,7 @@ def tickets(
             net=net.value,
             widths=widths,
             he=he,
-            densities=tuple(float(part) for part in density.split(",")),
+            densities=numbers("density", density, float),
             scope=scope.value,
             iterations=iterations or (100 if name == "synflow" else 1),
             score_size=score_size,
@@ -158,6 +171,7 @@ def tickets(
         )
         dataset = load(data)
         parts = split(dataset, train_size, test_size, device=usable(device))
+        build(settings, parts, seed=0)  # what cannot be built is said before anything is kept
         store = Store(folder, settings.record(dataset, parts), fresh)
     except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"jacpot tickets: {error}", err=True, fg="red")
@@ -171,6 +185,9 @@ def tickets(
     except KeyboardInterrupt:
         console.print("Interrupted; what is finished is kept, the same command continues.")
         raise typer.Exit(130) from None
+    except OSError as error:
+        typer.secho(f"jacpot tickets: {error}; what is finished is kept", err=True, fg="red")
+        raise typer.Exit(1) from error
     summary = summarise(rows)
     title = f"{name} on {dataset.name}, {settings.net} {width}" + (f" x {depth}" if depth else "")
     console.print(table(summary, title))
@@ -178,3 +195,12 @@ def tickets(
     path = store.write("tickets.json", {**result, "rows": rows})
     figure = draw(summary, folder / "figure.png", title)
     console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
+
+
+def _refuse_idle_options(context: typer.Context, method: Method) -> None:
+    """Refuse options that the method does not look at."""
+    used = OPTIONS.get(method, PRUNING)
+    for name in sorted({*PRUNING, *SUPERMASK, *OPTIONS[Method.imp]} - {*used}):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{name}: has no meaning for {method.value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -203,8 +204,10 @@ def _between(
     between = {
         "distance": measures.distance(outputs["tangent"], outputs["network"]),
         "angle": measures.angle(fitted["tangent"].displacement, fitted["network"].displacement),
-        "kernel_change": measures.kernel_change(before, after),
     }
+    change = measures.kernel_change(before, after)
+    if not math.isnan(change):
+        between["kernel_change"] = change
     if parts.classes is not None:
         between["agreement"] = measures.agreement(outputs["tangent"], outputs["network"])
     return between
@@ -240,6 +243,7 @@ def summarise(record: Record) -> dict[str, Any]:
     between = {
         name: _spread([run["tangent_to_network"][name] for run in runs])
         for name in runs[0]["tangent_to_network"]
+        if all(name in run["tangent_to_network"] for run in runs)
     }
     outputs = [
         {key: torch.from_numpy(value) for key, value in record.arrays(seed).items()}

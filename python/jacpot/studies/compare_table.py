@@ -57,9 +57,9 @@ def report(record: Record, console: Console) -> None:
     scale = "" if spread is None else f"two seeds' networks: {spread:.3f}"
     facts.add_row("distance of the functions", _number(between["distance"], 3), scale)
     facts.add_row("angle between the Δ", _number(between["angle"], 1, "°"), "unrelated Δ: 90°")
-    facts.add_row(
-        "kernel moved in training", _number(between["kernel_change"], 3), "1 − CKA; 0: not at all"
-    )
+    if "kernel_change" in between:
+        moved = _number(between["kernel_change"], 3)
+        facts.add_row("kernel moved in training", moved, "1 − CKA; 0: not at all")
     console.print("[dim]Tangent space and trained network, from the same θ0[/]")
     console.print(facts, highlight=False)
     console.print()

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from jacpot.tickets.similarity import alignment
+
 __all__ = ["agreement", "angle", "distance", "kernel_change", "norm"]
 
 
@@ -61,19 +63,12 @@ def kernel_change(before: Tensor, after: Tensor) -> float:
     """One minus the centred kernel alignment of two kernels on the same examples.
 
     0 means equal up to a factor, and 1 means unrelated (Cortes, Mohri and Rostamizadeh 2012,
-    eq. 6; Kornblith et al. 2019 call it linear CKA).
+    eq. 6; Kornblith et al. 2019 call it linear CKA). NaN where centring leaves nothing of a kernel,
+    as of a single example.
 
     Parameters
     ----------
     before, after
         Symmetric ``(N, N)``.
     """
-
-    def centred(kernel: Tensor) -> Tensor:
-        kernel = kernel.double()
-        rows = kernel.mean(1, keepdim=True)
-        return kernel - rows - rows.T + rows.mean()
-
-    first, second = centred(before), centred(after)
-    scale = max(float(first.norm() * second.norm()), torch.finfo(torch.float64).tiny)
-    return 1 - float((first * second).sum()) / scale
+    return 1 - alignment(before.double(), after.double())

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jacpot._backend import build_info
+from jacpot.studies.folder import claim
 
 __all__ = ["Record", "environment"]
 
@@ -48,6 +49,8 @@ class Record:
     ValueError
         If the folder holds another study, the same one with other settings, or a damaged
         ``result.json``. The message says which, and nothing is overwritten.
+    OSError
+        If nothing can be written there.
     """
 
     def __init__(
@@ -59,12 +62,10 @@ class Record:
         fresh: bool = False,
     ) -> None:
         self.folder = folder
-        self.study = study
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         self.result = {"format": FORMAT, "study": study, "settings": self.settings, **facts}
         self.runs: dict[int, dict[str, Any]] = {}
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"out: {folder} is a file, not a folder")
+        claim(folder, study)
         if self.path.exists() and not fresh:
             self._take_up(read_result(self.path))
 
@@ -75,8 +76,6 @@ class Record:
 
     def _take_up(self, result: dict[str, Any]) -> None:
         cure = "choose another --out, or add --fresh to start anew"
-        if result["study"] != self.study:
-            raise ValueError(f"{self.path} belongs to the study {result['study']!r}; {cure}")
         theirs = result["settings"]
         changed = [
             f"{key} was {theirs.get(key)!r} and is now {self.settings.get(key)!r}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jacpot.studies.folder import claim
 from jacpot.tickets._files import write_atomically
 
 __all__ = ["Store"]
@@ -28,12 +29,15 @@ class Store:
     Raises
     ------
     ValueError
-        If the folder holds a study with other settings. Nothing is overwritten.
+        If the folder holds a study with other settings, or another study. Nothing is overwritten.
+    OSError
+        If nothing can be written there.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
         self.folder = folder
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        claim(folder, "tickets")
         path = folder / "settings.json"
         if fresh:
             shutil.rmtree(folder / "trainings", ignore_errors=True)

@@ -71,7 +71,8 @@ def draw(summary: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind in dict.fromkeys(line["kind"] for line in summary):
-        lines = [line for line in summary if line["kind"] == kind]
+        # A ticket without weights has no place on the axis.
+        lines = [line for line in summary if line["kind"] == kind and line["density"] > 0]
         x = [100 * line["density"] for line in lines]
         spread = [100 * (line.get("accuracy_std") or 0) for line in lines]
         y = [100 * line["accuracy"] for line in lines]

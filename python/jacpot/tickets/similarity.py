@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,14 +82,28 @@ def kernel_similarity(
     """
     first = jacobian(module, x, mask=a).gram(outputs="trace").double()
     second = jacobian(module if other is None else other, x, mask=b).gram(outputs="trace").double()
-    p, q = _centered(first), _centered(second)
-    scale = float(p.norm() * q.norm())
     norm = float(first.norm())
     return KernelSimilarity(
-        cka=float((p * q).sum()) / scale if scale else float("nan"),
+        cka=alignment(first, second),
         distance=float((first - second).norm()) / norm if norm else float("nan"),
         spectra=(torch.linalg.eigvalsh(first).flip(0), torch.linalg.eigvalsh(second).flip(0)),
     )
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Centred alignment of two kernels ``(N, N)``; NaN where centring leaves nothing of one.
+
+    Cortes, Mohri and Rostamizadeh 2012, eq. 6.
+    """
+    if not all(kernel.numel() and _varies(kernel) for kernel in (first, second)):
+        return math.nan
+    p, q = _centered(first), _centered(second)
+    return float((p * q).sum() / (p.norm() * q.norm()))
+
+
+def _varies(kernel: Tensor) -> bool:
+    rounding = 10 * len(kernel) * torch.finfo(kernel.dtype).eps
+    return bool(_centered(kernel).norm() > rounding * kernel.norm())
 
 
 def _centered(kernel: Tensor) -> Tensor:
