@@ -1,5 +1,6 @@
 #include "bindings/cuda.hpp"
 #include "masked_matmul/masked_matmul_cuda.hpp"
+#include "masked_matmul/vectors_cuda.hpp"
 
 namespace jacpot {
 namespace {
@@ -103,6 +104,57 @@ void walk(py::handle column_indices, py::handle row_order, py::handle offsets, s
   raise_if_failed(status, "masked_matmul");
 }
 
+std::int64_t vector_tile(std::int64_t columns, int device) {
+  std::int64_t tile = 0;
+  raise_if_failed(cuda_vector_tile(columns, {device, 0}, &tile), "masked_matmul");
+  return tile;
+}
+
+void multiply_vectors(py::handle block_columns, py::handle begins, std::int64_t tile,
+                      py::handle values, py::handle gathered, const py::object& bias, bool relu,
+                      py::handle product, int device, std::uintptr_t stream) {
+  const cuda::Queue queue{device, stream};
+  CudaVectors v;
+  const Array out(product, "product", Access::write);
+  out.expect_dtype({DType::bfloat16, DType::float16}).expect_device(device_of(queue));
+  out.expect_shape({Array::any, Array::any});
+  v.dtype = out.dtype();
+  const Array from = on_queue(gathered, "gathered", queue, {v.dtype}, {Array::any, Array::any});
+  v.rows = out.shape(0);
+  v.batch = out.shape(1);
+  v.row_stride = out.stride(0);
+  v.batch_stride = out.stride(1);
+  v.columns = from.shape(0);
+  v.pitch = from.shape(1);
+  v.tile = tile;
+  v.relu = relu;
+  if (tile < 1)
+    throw py::value_error("argument 'tile' must be at least 1, got " + std::to_string(tile));
+  const Array indices =
+      on_queue(block_columns, "block_columns", queue, {DType::int16}, {Array::any, block_vectors});
+  const Array offsets =
+      on_queue(begins, "begins", queue, {DType::int64},
+               {cuda::divide_up(v.rows, window_rows), cuda_tiles(v.columns, tile) + 1});
+  const Array blocks =
+      on_queue(values, "values", queue, {v.dtype}, {indices.shape(0), block_values});
+  v.block_columns = static_cast<const std::int16_t*>(indices.data());
+  v.begins = static_cast<const std::int64_t*>(offsets.data());
+  v.values = blocks.data();
+  v.gathered = from.data();
+  v.product = out.data();
+  std::vector<Array> alive;
+  if (!bias.is_none()) {
+    alive.push_back(on_queue(bias, "bias", queue, {v.dtype}, {v.rows}));
+    v.bias = alive.back().data();
+  }
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = cuda_multiply_vectors(v, queue);
+  }
+  raise_if_failed(status, "masked_matmul");
+}
+
 }  // namespace
 
 void bind_masked_matmul_cuda(py::module_& m) {
@@ -117,6 +169,12 @@ void bind_masked_matmul_cuda(py::module_& m) {
         py::arg("values"), py::arg("bias"), py::arg("relu"), py::arg("product"), py::arg("held"),
         py::arg("sampled"), py::arg("device"), py::arg("stream"),
         "Product and sampled product of one walk over a compressed matrix.");
+  m.def("masked_matmul_vector_tile", &vector_tile, py::arg("columns"), py::arg("device"),
+        "Columns that vectors are best cut into tiles of.");
+  m.def("masked_matmul_vectors", &multiply_vectors, py::arg("block_columns"), py::arg("begins"),
+        py::arg("tile"), py::arg("values"), py::arg("gathered"), py::arg("bias"), py::arg("relu"),
+        py::arg("product"), py::arg("device"), py::arg("stream"),
+        "Product of 16-bit numbers on tensor cores, with a matrix cut into vectors.");
 }
 
 }  // namespace jacpot

@@ -41,11 +41,22 @@ inline float to_float(bfloat16 x) {
   return out;
 }
 inline float to_float(float16 x) { return static_cast<float>(x.value); }
+inline void from_float(float x, float16* out) { out->value = static_cast<_Float16>(x); }
+inline void from_float(float x, bfloat16* out) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x == x) bits += 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
+  out->bits = static_cast<std::uint16_t>(bits >> 16);
+}
 #else
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+__device__ __forceinline__ void from_float(float x, bfloat16* out) {
+  *out = __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ void from_float(float x, float16* out) { *out = __float2half_rn(x); }
 #endif
 
 // What values of a type are summed in.

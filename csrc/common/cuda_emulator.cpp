@@ -200,6 +200,7 @@ const char* run_grid(dim3 grid, dim3 block_size, std::size_t shared_size,
 }
 
 unsigned char* shared_bytes() { return block_now->shared.get(); }
+void fail(const char* fault) { block_now->fault = fault; }
 void block_barrier() { switch_to_scheduler(State::at_block_barrier); }
 void warp_barrier() { switch_to_scheduler(State::at_warp_barrier); }
 int lane() { return static_cast<int>(block_now->current % 32); }
@@ -212,7 +213,7 @@ void copy_later(void* to, const void* from, std::size_t bytes, std::size_t size)
   const auto address =
       reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from);
   if (address % size != 0 || bytes > size) {
-    block_now->fault = "an asynchronous copy is misaligned or too large";
+    fail("an asynchronous copy is misaligned or too large");
     return;
   }
   block_now->fibers[block_now->current].open.push_back({to, from, bytes, size - bytes});

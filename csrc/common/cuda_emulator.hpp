@@ -56,6 +56,7 @@ const char* run_grid(dim3 grid, dim3 block, std::size_t shared_bytes,
                      const std::function<void()>& body);
 
 unsigned char* shared_bytes();
+void fail(const char* fault);  // ends the grid after this block
 void block_barrier();
 void warp_barrier();
 // The slot through which a lane of this thread's warp shows a value to the others.
@@ -127,6 +128,26 @@ void mma(float (&c)[4], const typename Format::Register (&a)[4],
                                                                   : nearest;
   }
   warp_barrier();  // before anyone shows the next registers
+}
+
+// See cuda_mma.cuh.
+inline void load_transposed(std::uint32_t (&out)[4], const void* row) {
+  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) {
+    fail("a row of a matrix is misaligned");
+    row = shared_bytes();
+  }
+  std::memcpy(exchange(lane()).data(), &row, sizeof(row));
+  warp_barrier();
+  for (int i = 0; i < 4; ++i) {
+    std::uint16_t pair[2];
+    for (int half = 0; half < 2; ++half) {
+      const std::uint16_t* from;
+      std::memcpy(&from, exchange(i * 8 + lane() % 4 * 2 + half).data(), sizeof(from));
+      pair[half] = from[lane() / 4];
+    }
+    std::memcpy(&out[i], pair, sizeof(pair));
+  }
+  warp_barrier();
 }
 
 }  // namespace jacpot::emulator
