@@ -210,8 +210,10 @@ def jacobian_jvp(
         x = a[part]
         if walk is not None:
             flat = x.reshape(len(x) * t * g, i)
-            each = [sparse.multiply(walk, flat, v[:weights], None, False, False) for v in vectors]
-            z = torch.stack(each, -1).view(len(x), t, g, o, r)
+            each = flat.new_empty(len(flat), o, r)
+            for j, v in enumerate(vectors):
+                each[:, :, j] = sparse.multiply(walk, flat, v[:weights], None, False, False)
+            z = each.view(len(x), t, g, o, r)
         else:
             z = torch.einsum("ntgi,rgoi->ntgor", x, weight)
         if bias:
