@@ -172,7 +172,17 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
 
 
 def dense(blocks: Sequence[Block]) -> Any:
-    """Form ``J`` itself, ``(N, K, P)``.
+    """Form ``J`` itself.
+
+    Parameters
+    ----------
+    blocks
+        The Jacobian, ``(N, K, P)``.
+
+    Returns
+    -------
+    array
+        ``(N, K, P)``, of the kind that the blocks were given as.
 
     Examples
     --------
@@ -206,7 +216,17 @@ def _write_rows(block: Block, out: Tensor, start: int) -> int:
 
 
 def row_norms(blocks: Sequence[Block]) -> Any:
-    """Compute the Euclidean norm of every row of ``J``, ``(N, K)``.
+    """Compute the Euclidean norm of every row of ``J``.
+
+    Parameters
+    ----------
+    blocks
+        The Jacobian, ``(N, K, P)``.
+
+    Returns
+    -------
+    array
+        ``(N, K)``, of the kind that the blocks were given as.
 
     Examples
     --------
@@ -239,9 +259,19 @@ def _units(block: Factors) -> int:
 
 
 def column_norms(blocks: Sequence[Block]) -> Any:
-    """Compute the Euclidean norm of every column of ``J``, ``(P,)``.
+    """Compute the Euclidean norm of every column of ``J``.
 
     Their squares are the diagonal of ``JᵀJ``.
+
+    Parameters
+    ----------
+    blocks
+        The Jacobian, ``(N, K, P)``.
+
+    Returns
+    -------
+    array
+        ``(P,)``, of the kind that the blocks were given as.
 
     Examples
     --------

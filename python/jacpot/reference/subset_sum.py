@@ -24,6 +24,11 @@ def subset_sum(samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         ``(M, n)`` bool.
     sums : Tensor
         ``(M,)`` float64.
+
+    Examples
+    --------
+    >>> subset_sum(torch.tensor([[0.5, 0.25, -1.0]]), torch.tensor([0.7]))
+    (tensor([[ True,  True, False]]), tensor([0.7500], dtype=torch.float64))
     """
     n = samples.shape[1]
     subsets = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1  # (2**n, n)

@@ -22,6 +22,16 @@ class Kronecker(Preconditioner):
     Martens & Grosse 2015; the damped product is inverted exactly in the factors' eigenbases. The
     bias is one more activation of one. Blocks that are masked, grouped or not factored get their
     diagonal.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.tangent.preconditioners import Kronecker
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    >>> x, y = torch.randn(200, 4), torch.randn(200, 3)
+    >>> options = {"ridge": 0.1, "method": "primal", "preconditioner": Kronecker()}
+    >>> jacpot.linearize(net).fit(x, y, **options).preconditioner
+    'kronecker(2 of 2 blocks)'
     """
 
     def prepare(self, operator: LinearOperator, damping: float) -> Prepared:

@@ -34,6 +34,16 @@ class TraceKernel(Preconditioner):
         Columns of the coarse space; 0 for none.
     seed
         Of the coarse space's sample.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.tangent.preconditioners import TraceKernel
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 50), torch.nn.Tanh(), torch.nn.Linear(50, 3))
+    >>> x, y = torch.randn(20, 4), torch.randn(20, 3)
+    >>> options = {"ridge": 0.1, "method": "dual", "preconditioner": TraceKernel(coupled=True)}
+    >>> jacpot.linearize(net).fit(x, y, **options).preconditioner
+    'trace_kernel(coupled)'
     """
 
     coupled: bool = False
