@@ -263,13 +263,15 @@ def _finish(
             continue
         arrived = seen.signals.transpose(0, 1)
         arguments = {**seen.call.arguments, **seen.given}
-        _check_finite(seen.call, arguments[seen.call.rule.input], "input")
-        _check_finite(seen.call, arrived, "signal")
         shares = seen.call.rule.function(arrived, **arguments)
-        named = {
-            name: shares[argument].folded(fold) for argument, name in seen.call.parameters.items()
-        }
-        for name, term in reduced(named).items():
+        named = reduced(
+            {name: shares[argument].folded(fold) for argument, name in seen.call.parameters.items()}
+        )
+        # Rows, where all is rows, are smaller than what they are made of, and no more finite.
+        if not all(isinstance(term, Rows) and _is_finite(term.values) for term in named.values()):
+            _check_finite(seen.call, arguments[seen.call.rule.input], "input")
+            _check_finite(seen.call, arrived, "signal")
+        for name, term in named.items():
             terms.setdefault(name, []).append(term)
     for name, found in rows.items():
         if found is not None:
@@ -278,7 +280,9 @@ def _finish(
 
 
 def _check_finite(call: Call, x: Tensor, what: str) -> None:
-    if not x.is_floating_point() or torch.isfinite(x.sum()):  # a sum stores nothing
-        return
-    if not torch.isfinite(x).all():
+    if x.is_floating_point() and not _is_finite(x):
         raise ValueError(f"the {what} of layer {call.layer!r} must be finite, got inf or nan")
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())  # a sum stores nothing

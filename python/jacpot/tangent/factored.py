@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jacpot._backend import empty
 from jacpot.ops import jacobian as kernels
 from jacpot.ops.jacobian import Block, Outputs, Precision, SketchKind
 from jacpot.tangent.assemble import Columns
@@ -334,9 +335,15 @@ def _joined_block(parts: Sequence[Block]) -> Block:
     first = parts[0]
     if isinstance(first, kernels.Factors):
         return kernels.Factors(
-            torch.cat([p.activations for p in parts if isinstance(p, kernels.Factors)]),
-            torch.cat([p.signals for p in parts if isinstance(p, kernels.Factors)]),
+            _stacked([p.activations for p in parts if isinstance(p, kernels.Factors)]),
+            _stacked([p.signals for p in parts if isinstance(p, kernels.Factors)]),
             first.pattern,
             first.bias,
         )
-    return kernels.Rows(torch.cat([p.rows for p in parts if isinstance(p, kernels.Rows)]))
+    return kernels.Rows(_stacked([p.rows for p in parts if isinstance(p, kernels.Rows)]))
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    first = parts[0]
+    out = empty((sum(len(part) for part in parts), *first.shape[1:]), like=first)
+    return torch.cat(list(parts), out=out)
