@@ -132,12 +132,10 @@ UNCOVERED = {
                          (randn(4, 3), randn(4, 2))),
     "bag, max": lambda: (Of(lambda m, t: m.e(t).tanh(), e=nn.EmbeddingBag(7, 3, mode="max")),
                          tokens(4, 5)),
-    "rnn": lambda: (Of(lambda m, x: m.h(m.r(x)[0][:, -1]), r=nn.RNN(6, 4, batch_first=True),
-                       h=linear(4, 2)), randn(4, 3, 6)),
-    "lstm": lambda: (Of(lambda m, x: m.h(m.r(x)[0][:, -1]), r=nn.LSTM(6, 4, batch_first=True),
-                        h=linear(4, 2)), randn(4, 3, 6)),
-    "gru": lambda: (Of(lambda m, x: m.h(m.r(x)[0][:, -1]), r=nn.GRU(6, 4, batch_first=True),
-                       h=linear(4, 2)), randn(4, 3, 6)),
+    "packed": lambda: (
+        Of(lambda m, x: m.h(m.r(nn.utils.rnn.pack_padded_sequence(
+            x, [3] * len(x), batch_first=True))[1][0]), r=nn.GRU(6, 4), h=linear(4, 2)),
+        randn(4, 3, 6)),
 }  # fmt: skip
 
 
@@ -275,6 +273,57 @@ def test_convolution_options(case, masked):
         assert J.dense().shape == (0, 2, J.n_parameters)
     else:
         assert relative_error(J.dense(), dense(net, x, mask)) < 1e-10
+
+
+@given(
+    kind=st.sampled_from([nn.RNN, nn.LSTM, nn.GRU]),
+    options=st.fixed_dictionaries(
+        {"num_layers": st.integers(1, 2), "bias": st.booleans(), "batch_first": st.booleans(),
+         "bidirectional": st.booleans()}
+    ),
+    special=st.booleans(), start=st.booleans(), n=st.integers(0, 3), steps=st.integers(1, 4),
+)  # fmt: skip
+@settings(max_examples=30)
+def test_recurrent_options(kind, options, special, start, n, steps):
+    torch.manual_seed(7)
+    if special and kind is not nn.GRU:
+        options = {**options, **({"proj_size": 3} if kind is nn.LSTM else {"nonlinearity": "relu"})}
+    layer, batch_first = kind(5, 4, **options), options["batch_first"]
+    size, directions = options.get("proj_size", 4), 1 + options["bidirectional"]
+
+    def run(m, x):
+        h, c = (
+            torch.full((options["num_layers"] * directions, len(x), width), 0.3, dtype=x.dtype)
+            for width in (size, 4)
+        )
+        given = ((h, c) if kind is nn.LSTM else h) if start else None
+        y, state = m.r(x if batch_first else x.transpose(0, 1), given)
+        last = state if kind is not nn.LSTM else state[0] * state[1].mean(2, keepdim=True)
+        return m.h(y.mean(1 if batch_first else 0)) + last.sum((0, 2)).unsqueeze(1)
+
+    net = Of(run, r=layer, h=linear(size * directions, 2)).double()
+    x = randn(n, steps, 5)
+    J = jacpot.jacobian(net, x)
+    if n == 0:
+        assert J.dense().shape == (0, 2, J.n_parameters)
+        return
+    assert relative_error(J.outputs, net(x).detach()) < 1e-12
+    assert relative_error(J.dense(), by_autograd(net, x)) < 1e-10
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_recurrent_cells(bias):
+    torch.manual_seed(8)
+
+    def run(m, x):
+        h, c = m.c(m.b(m.a(x), m.a(x.cos())), (x.sin(), x.cos()))
+        return h * c[:, :1]
+
+    net = Of(run, a=nn.RNNCell(6, 6, bias, "relu"), b=nn.GRUCell(6, 6, bias),
+             c=nn.LSTMCell(6, 6, bias)).double()  # fmt: skip
+    x = randn(4, 6)
+    J = jacpot.jacobian(net, x)
+    assert relative_error(J.dense(), by_autograd(net, x)) < 1e-10
 
 
 def test_outputs_are_chosen():

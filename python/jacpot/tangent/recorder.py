@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacpot.tangent.network import Inputs, Network
 from jacpot.tangent.rules import RULES, LayerRule
+from jacpot.tangent.rules.recurrent import unrolled
 
 __all__ = ["Call", "Recorder"]
 
@@ -128,9 +129,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside_module:
             return self._evaluate(func, args, kwargs)
-        if func in COMPOSITES:
+        parts = _transparent(func) if func in COMPOSITES else unrolled(func, args)
+        if parts is not None:
             with self:
-                return _transparent(func)(*args, **kwargs)
+                return parts(*args, **kwargs)
         rule = RULES.get(func)
         if rule is None:
             return self._evaluate(func, args, kwargs)
