@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef JACPOT_VECTOR_BYTES
 #error "simd.hpp belongs in a translation unit that is compiled per instruction set"
 #endif
@@ -25,6 +29,41 @@ struct Simd {
 
   static JACPOT_INLINE Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static JACPOT_INLINE void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  // The first n < width elements, and zeros; memory beyond is not touched.
+  static JACPOT_INLINE Vec load_first(const T* p, std::int64_t n) {
+#if JACPOT_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p);
+    else
+      return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1 << n) - 1), p);
+#elif JACPOT_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4)
+      return _mm256_maskload_ps(p, first(n));
+    else
+      return _mm256_maskload_pd(p, first(n));
+#else
+    T lanes[width] = {};
+    for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+#endif
+  }
+  static JACPOT_INLINE void store_first(T* p, Vec v, std::int64_t n) {
+#if JACPOT_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), v);
+    else
+      _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1 << n) - 1), v);
+#elif JACPOT_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4)
+      _mm256_maskstore_ps(p, first(n), v);
+    else
+      _mm256_maskstore_pd(p, first(n), v);
+#else
+    T lanes[width];
+    store(lanes, v);
+    for (std::int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+  }
   static JACPOT_INLINE Vec zero() { return Vec{}; }
   static JACPOT_INLINE Vec broadcast(T x) { return x - Vec{}; }  // x - 0 keeps the sign of -0
   // Contracted to one FMA where the instruction set has it.
@@ -36,6 +75,17 @@ struct Simd {
       for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
   }
+
+#if JACPOT_VECTOR_BYTES == 32
+ private:
+  static JACPOT_INLINE __m256i first(std::int64_t n) {  // all bits of the first n lanes
+    if constexpr (sizeof(T) == 4)
+      return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                                _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    else
+      return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+#endif
 };
 
 }  // namespace jacpot::JACPOT_ISA

@@ -38,45 +38,71 @@ struct Products {
   using V = Simd<T>;
   using Vec = typename V::Vec;
   static constexpr int width = V::width;
-  static constexpr int forward = 4;          // vectors of examples in a sparse product,
-  static constexpr int backward = 8;         // in a sampled one,
-  static constexpr int outputs_at_once = 4;  // and rows of signals in a dot
+  static constexpr int forward = 4;   // vectors of examples in a sparse product,
+  static constexpr int backward = 8;  // in a sampled one,
+  static constexpr int outputs_at_once = width < 16 ? width : 16;  // and rows of signals in a dot
 
+  template <bool Squared>
+  static JACPOT_INLINE Vec square_if(Vec a) {
+    return Squared ? a * a : a;
+  }
+
+  // Σ of the lanes of `width` vectors: lane i of the result is the sum of v[i].
+  static JACPOT_INLINE Vec sums(Vec (&v)[width]) {
+    constexpr auto lanes = std::make_index_sequence<width>{};
+#pragma GCC unroll 4
+    for (int half = width / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i)
+        v[i] =
+            interleave<V, 0>(v[i], v[i + half], lanes) + interleave<V, 1>(v[i], v[i + half], lanes);
+    return v[0];
+  }
+
+  // out[k] += ⟨s[k], z⟩ for K rows of signals at once.
   template <int K, bool Squared>
-  static JACPOT_INLINE void dot_rows(const T* s, std::int64_t step, std::int64_t length, const T* z,
-                                     T* out, std::int64_t out_step) {
-    Vec acc[K];
-    for (int k = 0; k < K; ++k) acc[k] = V::zero();
+  static void dot_rows(const T* s, std::int64_t step, std::int64_t length, const T* z, T* out,
+                       std::int64_t out_step) {
+    Vec acc[width];
+#pragma GCC unroll 16
+    for (int k = 0; k < width; ++k) acc[k] = V::zero();
     std::int64_t x = 0;
     for (; x + width <= length; x += width) {
       const Vec c = V::load(z + x);
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        const Vec a = V::load(s + k * step + x);
-        acc[k] = V::fma(Squared ? a * a : a, c, acc[k]);
-      }
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k)
+        acc[k] = V::fma(square_if<Squared>(V::load(s + k * step + x)), c, acc[k]);
     }
-    for (int k = 0; k < K; ++k) {
-      T sum = V::sum(acc[k]);
-      for (std::int64_t y = x; y < length; ++y) {
-        const T a = s[k * step + y];
-        sum += (Squared ? a * a : a) * z[y];
-      }
-      out[k * out_step] += sum;
+    if (const std::int64_t rest = length - x; rest > 0) {
+      const Vec c = V::load_first(z + x, rest);
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k)
+        acc[k] = V::fma(square_if<Squared>(V::load_first(s + k * step + x, rest)), c, acc[k]);
     }
+    T total[width];
+    V::store(total, sums(acc));
+    for (int k = 0; k < K; ++k) out[k * out_step] += total[k];
+  }
+
+  template <int K, bool Squared>
+  static void dot_rows_of(std::int64_t count, const T* s, std::int64_t step, std::int64_t length,
+                          const T* z, T* out, std::int64_t out_step) {
+    if (count == K)
+      dot_rows<K, Squared>(s, step, length, z, out, out_step);
+    else if constexpr (K > 1)
+      dot_rows_of<K - 1, Squared>(count, s, step, length, z, out, out_step);
   }
 
   template <bool Squared>
   static void dot_of(const T* s, std::int64_t k, std::int64_t step, std::int64_t length, const T* z,
                      std::int64_t r, std::int64_t z_stride, T* out) {
-    std::int64_t q = 0;
-    for (; q + outputs_at_once <= k; q += outputs_at_once)
+    const std::int64_t parts = (k + outputs_at_once - 1) / outputs_at_once;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::int64_t q = part * k / parts, count = (part + 1) * k / parts - q;
       for (std::int64_t j = 0; j < r; ++j)
-        dot_rows<outputs_at_once, Squared>(s + q * step, step, length, z + j * z_stride,
-                                           out + q * r + j, r);
-    for (; q < k; ++q)
-      for (std::int64_t j = 0; j < r; ++j)
-        dot_rows<1, Squared>(s + q * step, step, length, z + j * z_stride, out + q * r + j, r);
+        dot_rows_of<outputs_at_once, Squared>(count, s + q * step, step, length, z + j * z_stride,
+                                              out + q * r + j, r);
+    }
   }
   static void dot(const T* s, std::int64_t k, std::int64_t step, std::int64_t length, const T* z,
                   std::int64_t r, std::int64_t z_stride, bool squared, T* out) {
@@ -86,27 +112,33 @@ struct Products {
   template <bool Squared>
   static void combine_of(const T* s, std::int64_t k, std::int64_t step, std::int64_t length,
                          const T* u, std::int64_t r, std::int64_t w_stride, T* w) {
+    constexpr int at_once = 4;  // chains that hide the latency of the additions
     for (std::int64_t j = 0; j < r; ++j) {
       T* to = w + j * w_stride;
       std::int64_t x = 0;
-      for (; x + 2 * width <= length; x += 2 * width) {
-        Vec low = V::zero(), high = V::zero();
+      for (; x + at_once * width <= length; x += at_once * width) {
+        Vec acc[at_once];
+        for (int i = 0; i < at_once; ++i) acc[i] = V::zero();
         for (std::int64_t q = 0; q < k; ++q) {
           const Vec b = V::broadcast(u[q * r + j]);
-          const Vec a = V::load(s + q * step + x), c = V::load(s + q * step + x + width);
-          low = V::fma(b, Squared ? a * a : a, low);
-          high = V::fma(b, Squared ? c * c : c, high);
+#pragma GCC unroll 4
+          for (int i = 0; i < at_once; ++i)
+            acc[i] = V::fma(b, square_if<Squared>(V::load(s + q * step + x + i * width)), acc[i]);
         }
-        V::store(to + x, low);
-        V::store(to + x + width, high);
+        for (int i = 0; i < at_once; ++i) V::store(to + x + i * width, acc[i]);
       }
-      for (; x < length; ++x) {
-        T sum = 0;
+      for (; x < length; x += width) {
+        const std::int64_t rest = length - x;
+        Vec acc = V::zero();
         for (std::int64_t q = 0; q < k; ++q) {
-          const T a = s[q * step + x];
-          sum += u[q * r + j] * (Squared ? a * a : a);
+          const T* from = s + q * step + x;
+          const Vec a = rest >= width ? V::load(from) : V::load_first(from, rest);
+          acc = V::fma(V::broadcast(u[q * r + j]), square_if<Squared>(a), acc);
         }
-        to[x] = sum;
+        if (rest >= width)
+          V::store(to + x, acc);
+        else
+          V::store_first(to + x, acc, rest);
       }
     }
   }
@@ -150,18 +182,6 @@ struct Products {
       for (int j = 0; j < forward; ++j) V::store(scratch + o * block + j * width, even[j] + odd[j]);
     }
     transpose(scratch, block, outputs, rows, z, z_stride);
-  }
-
-  // Σ of the lanes of `width` vectors: lane i of the result is the sum of v[i].
-  static JACPOT_INLINE Vec sums(Vec (&v)[width]) {
-    constexpr auto lanes = std::make_index_sequence<width>{};
-#pragma GCC unroll 4
-    for (int half = width / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i)
-        v[i] =
-            interleave<V, 0>(v[i], v[i + half], lanes) + interleave<V, 1>(v[i], v[i + half], lanes);
-    return v[0];
   }
 
   static void sample(const T* w, const T* x, const std::int64_t* offsets,
