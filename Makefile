@@ -47,7 +47,7 @@ cuda: $(VENV)/requirements  ## compile the extension with its CUDA kernels into 
 # slow kernels down a hundredfold: they run on the tests of the kernels alone, with few examples.
 CUDA_SITE := build/cuda/site
 SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
-SANITIZED := tests/core/test_devices.py tests/ops/test_masked_matmul.py tests/ops/test_jacobian.py
+SANITIZED := tests/core/test_devices.py $(wildcard tests/ops/test_masked_matmul*.py tests/ops/test_jacobian*.py)
 test-cuda: $(VENV)/installed cuda emulator  ## build with CUDA and run the tests that need a GPU, sanitizers too
 	mkdir -p $(CUDA_SITE)
 	cp -rsf $(CURDIR)/python/jacpot $(CUDA_SITE)/ && find $(CUDA_SITE)/jacpot -maxdepth 1 -name '_core*.so' -delete

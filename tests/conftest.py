@@ -92,10 +92,15 @@ def _pretend(request: pytest.FixtureRequest) -> PretendGpu:
     patch.setattr(torch.cuda, "set_rng_state", lambda state, device=0: None)
     for name in ("Stream", "stream", "current_stream"):
         patch.setattr(torch.cuda, name, getattr(pretend_streams, name))
+    patch.setattr(torch.cuda, "CUDAGraph", _refuse)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads of two libraries that wait for one another
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     return PretendGpu()
+
+
+def _refuse() -> None:
+    raise RuntimeError("a pretended GPU has no graphs")
 
 
 def _cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:

@@ -224,6 +224,7 @@ __global__ __launch_bounds__(threads, 1) void gram_tile(
 
 template <class Core, int Edge>
 Status run(const Arguments<typename Core::Type>& arguments, dim3 grid, cuda::Queue queue) {
+  static_assert(sizeof(Shared<Core, Edge>) <= 163 * 1024, "what a block has on sm_80");
   return launch(&gram_tile<Core, Edge>, grid, dim3(threads),
                 static_cast<std::int64_t>(sizeof(Shared<Core, Edge>)), queue, arguments);
 }

@@ -68,6 +68,21 @@ def test_more_windows_than_a_block_has(emulated_cuda, dtype):
     close(out, x.double() @ weight.double().t(), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 30, 3), (700, 5000, 130), (1100, 260, 64)], ids=str)
+@pytest.mark.parametrize("feature_major", [False, True])
+def test_product_on_a_gpu(real_gpu, dtype, shape, feature_major):
+    rows, columns, batch = shape
+    mask, weight, x = problem(rows, columns, batch, 0.01, 1, dtype, feature_major)
+    bias = torch.linspace(-1, 1, rows).to(dtype)
+    moved = x.to(real_gpu)
+    out = cuda._empty(moved, rows, feature_major).fill_(torch.nan)
+    multiply_vectors(
+        cut(mask.to(real_gpu)), moved, weight[mask].to(real_gpu), bias.to(real_gpu), False, out
+    )
+    close(out.cpu(), x.double() @ weight.double().t() + bias.double(), dtype)
+
+
 def test_relu_keeps_nan_and_results_are_rounded_to_nearest(emulated_cuda):
     mask = torch.ones(2, 1, dtype=torch.bool)
     values = torch.tensor([float("nan"), 1.0]).bfloat16()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 __all__ = ["Replayed"]
+
+
+@cache
+def _stream(make: Any, device: torch.device) -> Any:
+    """Give the stream to record on: one, because cuBLAS keeps workspace for each that it meets."""
+    return make(device)
 
 
 class Replayed:
@@ -45,7 +52,7 @@ class Replayed:
     def _record(self) -> Any:
         """Record the step without doing it; None where it does what a graph cannot hold."""
         try:
-            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            graph, side = torch.cuda.CUDAGraph(), _stream(torch.cuda.Stream, self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 # Other threads may allocate meanwhile.
