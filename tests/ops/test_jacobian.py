@@ -320,3 +320,13 @@ def test_products_of_long_rows_do_not_stagnate():
     for right in (None, [large, ops.Rows(rows)]):
         found = ops.gram([large, ops.Rows(rows)], right)
         assert ((found - exact).abs() <= 1.5e-6 * exact).all()
+
+
+def test_gram_refuses_other_weights_of_the_same_number():
+    mask = torch.tensor([[True, False], [False, True]])
+    a, s = torch.ones(3, 1, 1, 2), torch.ones(3, 1, 1, 1, 2)
+    left, right = (ops.Factors(a, s, Kept(m)) for m in (mask, ~mask))
+    with pytest.raises(ValueError, match="right must hold the same weights as left"):
+        ops.gram([left], [right])
+    again = ops.Factors(a, s, Kept(mask.clone()))
+    assert torch.equal(ops.gram([left], [again]), ops.gram([left]))

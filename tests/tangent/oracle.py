@@ -43,7 +43,7 @@ def dense(
     """The Jacobian (N, K, P), columns in the order of named_parameters()."""
     parts = []
     for name, rows in rows_by_name(module, x, mask, output).items():
-        flat = rows.flatten(2)
+        flat = rows.reshape(*rows.shape[:2], -1)
         kept = mask[name].flatten() if mask and wrt == "kept" and name in mask else slice(None)
         parts.append(flat[:, :, kept])
     return torch.cat(parts, 2)

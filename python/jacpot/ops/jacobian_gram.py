@@ -96,6 +96,9 @@ def gram(
         raise ValueError(
             f"right must have blocks of {sizes[0]} parameters like left, got {sizes[1]}"
         )
+    for a, b in zip(left, others, strict=True):
+        if isinstance(a, Factors) and isinstance(b, Factors) and not _same_weights(a, b):
+            raise ValueError("right must hold the same weights as left, got others")
     shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     if out is None:
         result = torch.empty(shape, dtype=dtype, device=left[0].device)
@@ -132,6 +135,18 @@ def gram(
             rows = n * k if outputs == "full" else n
             kernels(result).jacobian_mirror(result.view(rows, rows), threads())
     return as_kind(result, left[0].kind) if out is None else out
+
+
+def _same_weights(left: Factors, right: Factors) -> bool:
+    if left.shape != right.shape:
+        return False
+    if left.pattern is right.pattern:
+        return True
+    if left.pattern is None or right.pattern is None:  # one that keeps all is none
+        return left.n_weights == right.n_weights
+    return torch.equal(left.row_offsets, right.row_offsets) and torch.equal(
+        left.column_indices, right.column_indices
+    )
 
 
 def pairwise_is_cheaper(

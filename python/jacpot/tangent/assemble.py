@@ -61,6 +61,31 @@ class Columns:
         ]
         self.size = sum(column.size for column in self.parameters)
 
+    def same_as(self, other: Columns) -> bool:
+        """Whether these are the very columns of another Jacobian.
+
+        Raises
+        ------
+        ValueError
+            If the other's parameters have other names or shapes.
+        """
+        if self is other:
+            return True
+        left = {column.name: tuple(column.shape) for column in self.parameters}
+        right = {column.name: tuple(column.shape) for column in other.parameters}
+        if left != right:
+            name = next(n for n in (*left, *right) if left.get(n) != right.get(n))
+            here, there = left.get(name, "none"), right.get(name, "none")
+            raise ValueError(
+                "argument 'other' must be the Jacobian of the same parameters, but "
+                f"{name!r} has shape {here} here and {there} there"
+            )
+        return list(left) == list(right) and all(
+            a.kept is b.kept
+            or (a.kept is not None and b.kept is not None and torch.equal(a.kept, b.kept))
+            for a, b in zip(self.parameters, other.parameters, strict=True)
+        )
+
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors by parameter name -> ``(P,)``; elements that are not kept are left out.
 
@@ -104,7 +129,7 @@ class Columns:
                 full = part.new_zeros(column.shape.numel(), *part.shape[1:])
                 full[column.kept] = part
                 part = full
-            tensors[column.name] = part.reshape(*column.shape, *part.shape[1:])
+            tensors[column.name] = part.reshape((*column.shape, *part.shape[1:]))
         return tensors
 
 

@@ -14,6 +14,7 @@ from jacpot._backend import empty
 from jacpot.ops import jacobian as kernels
 from jacpot.ops.jacobian import Block, Outputs, Precision, SketchKind
 from jacpot.tangent.assemble import Columns
+from jacpot.tangent.pieces import Piece, in_common, pieces, same_layout, stacked
 
 __all__ = ["Jacobian", "joined"]
 
@@ -186,7 +187,8 @@ class Jacobian:
         Parameters
         ----------
         other
-            The Jacobian of the same parameters at M other examples.
+            The Jacobian of the same parameters at M other examples. Where the two are of different
+            masks, the parameters that both keep count: the others' columns meet zeros.
         outputs
             ``"full"``: ``(N, K, M, K)``. ``"trace"``: the sum over equal outputs, ``(N, M)``.
             ``"diagonal"``: equal outputs only, ``(N, M, K)``.
@@ -202,7 +204,7 @@ class Jacobian:
         Raises
         ------
         TypeError, ValueError
-            If the two do not belong together.
+            If the two have parameters of different names or shapes, other outputs or dtypes.
 
         Notes
         -----
@@ -210,9 +212,24 @@ class Jacobian:
         """
         if other is not None and not isinstance(other, Jacobian):
             raise TypeError(f"argument 'other' must be a Jacobian, got {type(other).__name__}")
-        left = self.blocks or [self._nothing()]
-        right = None if other is None else other.blocks or [other._nothing()]
+        left, right = self.blocks, None if other is None else other.blocks
+        if other is not None and not self._matches(other):
+            left, right = in_common(self._pieces(), other._pieces())
+        left = left or [self._nothing()]
+        right = None if right is None or other is None else right or [other._nothing()]
         return kernels.gram(left, right, outputs, precision=precision)  # type: ignore[no-any-return]
+
+    def _matches(self, other: Jacobian) -> bool:
+        """Whether the blocks of another, of the same parameters, match one for one."""
+        turned = [[order is not None for order in j._orders] for j in (self, other)]
+        return (
+            self._columns.same_as(other._columns)
+            and turned[0] == turned[1]
+            and same_layout(self.blocks, other.blocks)
+        )
+
+    def _pieces(self) -> list[Piece]:
+        return pieces(self._columns, self.blocks, self._orders)
 
     def _nothing(self) -> Block:
         """Give a block without columns: what is left when everything is pruned."""
@@ -324,11 +341,22 @@ def joined(parts: Sequence[Jacobian]) -> Jacobian:
     first = parts[0]
     if len(parts) == 1:
         return first
-    blocks: list[Block] = []
-    for same in zip(*(part.blocks for part in parts), strict=True):
-        blocks.append(_joined_block(same))
     outputs = torch.cat([part.outputs for part in parts])
-    return Jacobian(outputs, blocks, first._columns, first._orders)
+    if all(first._matches(part) and _as_long(first, part) for part in parts):
+        blocks = [_joined_block(same) for same in zip(*(p.blocks for p in parts), strict=True)]
+        return Jacobian(outputs, blocks, first._columns, first._orders)
+    blocks, orders = stacked([part._pieces() for part in parts])
+    return Jacobian(outputs, blocks, first._columns, orders)
+
+
+def _as_long(a: Jacobian, b: Jacobian) -> bool:
+    """Whether blocks that match have as many positions."""
+    return all(
+        not isinstance(p, kernels.Factors)
+        or not isinstance(q, kernels.Factors)
+        or p.n_positions == q.n_positions
+        for p, q in zip(a.blocks, b.blocks, strict=True)
+    )
 
 
 def _joined_block(parts: Sequence[Block]) -> Block:

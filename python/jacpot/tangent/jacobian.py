@@ -74,6 +74,12 @@ def jacobian(
     Gradients are recorded also under ``torch.no_grad`` and ``torch.inference_mode``; autocast is
     off inside, so the Jacobian is that of the parameters' own precision.
 
+    Threads take turns in here, so several may ask for Jacobians of one module. None must call the
+    module itself, or train it, meanwhile: other tensors are in its parameters' place.
+
+    Whether an example's output depends on the others is told by running it among them; a module
+    with such a coupling that is given a single example, or equal ones, gives no sign of it.
+
     The factors of a layer, its inputs and the derivatives of the outputs by its results, are those
     of Goodfellow 2015, "Efficient per-example gradient computations".
 

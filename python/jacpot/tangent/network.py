@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -177,10 +178,15 @@ class Network:
         return result.reshape(n, result.shape[1:].numel())
 
 
+# A network is evaluated with other tensors in the place of its parameters, and seen by what they
+# are: two threads that do so to one module, or to modules that share layers, would see each other.
+_one_at_a_time = threading.RLock()
+
+
 @contextmanager
 def recording() -> Iterator[None]:
-    """Record gradients, without autocast, whatever modes the caller is in."""
-    with ExitStack() as stack:
+    """Record gradients, without autocast, whatever modes the caller is in; one thread at a time."""
+    with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # the one attention whose derivatives take a batch of cotangents

@@ -61,8 +61,12 @@ def signals(
     Gives ``(B, *source)`` for each, None where nothing leads. All cotangents go back ``together``
     or, which needs less memory on the way, one after the other.
     """
-    if not sources or not outputs.requires_grad:
+    led = [source for source in sources if source is not None]
+    if not led or not outputs.requires_grad:
         return [None] * len(sources)
+    if len(led) < len(sources):  # what the network evaluates under torch.no_grad has no place
+        found = iter(signals(outputs, led, cotangents, together))
+        return [None if source is None else next(found) for source in sources]
     if not together:
         return _one_by_one(outputs, sources, cotangents)
     try:

@@ -105,7 +105,12 @@ class Recorder(TorchFunctionMode):
         RuntimeError
             If the network writes to what a layer has read.
         """
-        overridden = [m for m in self.network.module.modules() if type(m) in RULES]
+        # A module with a forward of its own is not what the rule of its class is for.
+        overridden = [
+            module
+            for module in self.network.module.modules()
+            if type(module) in RULES and "forward" not in vars(module)
+        ]
         for module in overridden:  # in the instance, until the end of this run
             module.forward = partial(self._forward, RULES[type(module)], module)
         try:
@@ -136,8 +141,9 @@ class Recorder(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None:
             return self._evaluate(func, args, kwargs)
-        arguments = dict(rule.signature.bind(None, *args, **kwargs).arguments)
-        del arguments[rule.signals]
+        arguments = rule.bound(*args, **kwargs)
+        if arguments is None:
+            return self._evaluate(func, args, kwargs)
         parameters = {
             argument: self.names[id(arguments[argument])]
             for argument in rule.parameters
@@ -172,9 +178,8 @@ class Recorder(TorchFunctionMode):
             name: self.network.parameters[parameters[name]] if name in parameters else value
             for name, value in module._parameters.items()
         }
-        arguments = dict(rule.signature.bind(None, fixed, *args, **kwargs).arguments)
-        del arguments[rule.signals]
-        if not self._applies(rule, arguments, parameters):
+        arguments = rule.bound(fixed, *args, **kwargs)
+        if arguments is None or not self._applies(rule, arguments, parameters):
             return forward(module, *args, **kwargs)
         self._inside_module = True
         try:

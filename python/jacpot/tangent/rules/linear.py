@@ -37,7 +37,11 @@ def matmul(signals: Tensor, input: Tensor, other: Tensor) -> dict[str, Term]:
     return {"other": Outer(weight.activations, weight.signals, transposed=True)}
 
 
-@register_layer_rule(torch.addmm, parameters=("bias", "weight"))
+def _adds_one_bias(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
+    return bias.shape == weight.shape[1:]
+
+
+@register_layer_rule(torch.addmm, parameters=("bias", "weight"), when=_adds_one_bias)
 def addmm(signals: Tensor, bias: Tensor, x: Tensor, weight: Tensor) -> dict[str, Term]:
     """``y = b + x W``, as some transformers write a linear layer."""
     shares = linear(signals, x, weight)

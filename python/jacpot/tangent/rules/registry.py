@@ -38,6 +38,15 @@ class LayerRule:
     when: Callable[..., bool] | None
     integer_input: bool
 
+    def bound(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """Give a call's arguments by the rule's names; None for one with others."""
+        try:
+            arguments = dict(self.signature.bind(None, *args, **kwargs).arguments)
+        except TypeError:
+            return None
+        del arguments[self.signals]
+        return arguments
+
 
 RULES: dict[Any, LayerRule] = {}
 

@@ -137,7 +137,8 @@ class Rows:
 
     def rows(self) -> Tensor:
         """Give the values, ``(M, K, P)``."""
-        return self.values.flatten(2)
+        m, k, *shape = self.values.shape
+        return self.values.reshape(m, k, math.prod(shape))  # a number has no axis to flatten
 
 
 Term: TypeAlias = Outer | Summed | Rows

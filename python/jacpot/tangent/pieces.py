@@ -1,0 +1,160 @@
+"""A Jacobian's blocks by parameter, for two Jacobians whose blocks do not match one another.
+
+They need not where masks differ, where examples of other lengths make rows of what elsewhere stays
+factors, or where each example takes its own way through the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jacpot.ops.jacobian import Block, Factors, Rows, dense
+from jacpot.ops.pattern import Pattern
+from jacpot.tangent.assemble import Column, Columns
+
+__all__ = ["Piece", "in_common", "pieces", "same_layout", "stacked"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """The block of a single parameter.
+
+    Attributes
+    ----------
+    column
+        The parameter's columns.
+    block
+        The parameter's own, without a bias.
+    order
+        Where among the kept elements each of the block's columns goes; None if they are in order.
+    """
+
+    column: Column
+    block: Block
+    order: Tensor | None
+
+    @property
+    def elements(self) -> Tensor:
+        """Flat index in the parameter of each of the block's columns."""
+        kept = self.column.kept
+        if kept is None:
+            kept = torch.arange(self.column.shape.numel(), device=self.block.device)
+        return kept if self.order is None else kept[self.order.to(kept.device)]
+
+    def rows(self) -> Rows:
+        """Write the block out, in the parameter's order."""
+        if isinstance(self.block, Rows):
+            return self.block
+        full: Tensor = dense([self.block])
+        return Rows(full if self.order is None else full[:, :, self.order.argsort()])
+
+    def restricted(self, wanted: Tensor) -> Piece:
+        """Keep the columns of the elements that are wanted, a flat bool tensor."""
+        kept = wanted.nonzero().squeeze(1)
+        column = dataclasses.replace(self.column, kept=kept)
+        chosen = wanted[self.elements]
+        if isinstance(self.block, Rows):
+            return Piece(column, Rows(self.block.rows[:, :, chosen].contiguous()), None)
+        g, o, i = self.block.shape
+        dense_block = self.block.pattern is None
+        places = torch.arange(g * o * i) if dense_block else self.block.kept.cpu()
+        mask = torch.zeros(g * o * i, dtype=torch.bool)
+        mask[places[chosen.cpu()]] = True
+        block = dataclasses.replace(self.block, pattern=Pattern(mask.view(g * o, i)))
+        order = None if self.order is None else self.elements[chosen].argsort().argsort()
+        return Piece(column, block, order)
+
+
+def pieces(
+    columns: Columns, blocks: Sequence[Block], orders: Sequence[Tensor | None]
+) -> list[Piece]:
+    """Split the blocks of a Jacobian into those of single parameters, in the columns' order."""
+    found = []
+    names = iter(column for column in columns.parameters if column.size)
+    for block, order in zip(blocks, orders, strict=True):
+        if isinstance(block, Factors) and block.bias:
+            found.append(Piece(next(names), dataclasses.replace(block, bias=False), order))
+            found.append(Piece(next(names), Rows(block.signals.sum(2).flatten(2)), None))
+        else:
+            found.append(Piece(next(names), block, order))
+    return found
+
+
+def same_layout(a: Sequence[Block], b: Sequence[Block]) -> bool:
+    """Whether two lists of blocks, of the same columns, have the same columns in each."""
+
+    def layout(block: Block) -> tuple[object, ...]:
+        if isinstance(block, Factors):
+            return Factors, block.shape, block.bias
+        return Rows, block.n_parameters
+
+    return [layout(block) for block in a] == [layout(block) for block in b]
+
+
+def in_common(left: Sequence[Piece], right: Sequence[Piece]) -> tuple[list[Block], list[Block]]:
+    """Blocks that match of the elements that both keep; all else meets zeros in a product."""
+    others = {piece.column.name: piece for piece in right}
+    first: list[Block] = []
+    second: list[Block] = []
+    for piece in left:
+        if piece.column.name not in others:
+            continue
+        other = others[piece.column.name]
+        wanted = torch.zeros(piece.column.shape.numel(), dtype=torch.int8)
+        wanted[piece.elements.cpu()] += 1
+        wanted[other.elements.cpu()] += 1
+        both = (wanted == 2).to(piece.block.device)
+        if not both.any():
+            continue
+        if not both.all():
+            piece, other = piece.restricted(both), other.restricted(both)
+        a, b = piece.block, other.block
+        straight = piece.order is None and other.order is None
+        turned = piece.order is not None and other.order is not None
+        if not (same_layout([a], [b]) and (straight or turned)):
+            a, b = piece.rows(), other.rows()
+        first.append(a)
+        second.append(b)
+    return first, second
+
+
+def stacked(parts: Sequence[Sequence[Piece]]) -> tuple[list[Block], list[Tensor | None]]:
+    """Join the pieces of successive examples: blocks, and the orders of their columns."""
+    blocks: list[Block] = []
+    orders: list[Tensor | None] = []
+    for same in zip(*parts, strict=True):
+        # Of examples that do not use a parameter there are rows, all zero.
+        used = [p for p in same if isinstance(p.block, Factors) or p.block.rows.any()]
+        model = next(iter(used), same[0])
+        factors = [p.block for p in used if isinstance(p.block, Factors)]
+        turned = {p.order is not None for p in used}
+        if (
+            isinstance(model.block, Factors)
+            and len({block.shape for block in factors}) == len(turned) == 1
+            and len(factors) == len(used)
+        ):
+            length = max(block.n_positions for block in factors)
+            padded = [_padded(piece.block, model.block, length) for piece in same]
+            activations, signals = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
+            blocks.append(Factors(activations, signals, model.block.pattern))
+            orders.append(model.order)
+        else:
+            blocks.append(Rows(torch.cat([piece.rows().rows for piece in same])))
+            orders.append(None)
+    return blocks, orders
+
+
+def _padded(block: Block, like: Factors, length: int) -> tuple[Tensor, Tensor]:
+    """Factors with positions of zeros added up to a number of them."""
+    if isinstance(block, Rows):
+        n, k = block.rows.shape[:2]
+        g, o, i = like.shape
+        zeros = block.rows.new_zeros
+        return zeros(n, length, g, i), zeros(n, k, length, g, o)
+    pad = (0, 0, 0, 0, 0, length - block.n_positions)
+    return F.pad(block.activations, pad), F.pad(block.signals, pad)
