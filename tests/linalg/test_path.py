@@ -35,6 +35,24 @@ def test_dependent_zero_and_flat_right_hand_sides():
     assert solve_path(a.numpy(), b[:, 0].numpy(), [0.3])[0].x.shape == (40,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_easy_dampings_share_a_krylov_space_and_hard_ones_go_on(dtype):
+    a = kernel(400, dtype)
+    b = torch.randn(400, 3, dtype=dtype) @ torch.tensor([[1.0, 2.0, 0.0], [0, 0, 0], [0, 0, 1]]).to(
+        dtype
+    )
+    dampings = [100.0, 1e-4, 30.0]
+    solutions = solve_path(a, b, dampings, tol=1e-9)
+    assert [s.method for s in solutions] == ["block lanczos", "cg path", "block lanczos"]
+    exact = [
+        torch.linalg.solve(a.double() + damping * torch.eye(400), b.double())
+        for damping in dampings
+    ]
+    for solution, x in zip(solutions, exact, strict=True):
+        assert solution.converged, str(solution)
+        torch.testing.assert_close(solution.x, x, rtol=0, atol=1e-5 * float(x.abs().max()))
+
+
 def test_functions_are_solved_one_by_one():
     a, b = kernel(40, torch.float64), torch.randn(40, dtype=torch.float64)
     for one, two in zip(

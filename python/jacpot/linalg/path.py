@@ -7,20 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
-from jacpot.linalg.operator import (
-    DenseOperator,
-    LinearOperator,
-    _as_tensor,
-    as_operator,
-    power_of_two,
-)
+from jacpot.linalg.lanczos import solve_shifted
+from jacpot.linalg.operator import DenseOperator, _as_tensor, as_operator, power_of_two
 from jacpot.linalg.preconditioners.cholesky import Cholesky
 from jacpot.linalg.solution import Solution, Status
 from jacpot.linalg.solve import solve
+from jacpot.ops.arrays import like
 
 __all__ = ["solve_path"]
 
@@ -33,10 +28,12 @@ def solve_path(
 ) -> list[Solution]:
     """Solve ``(A + damping·I) x = b`` for many dampings at little more than the price of one.
 
-    For arrays: the float32 Cholesky factor at one damping preconditions all within half a decade
-    of it to a condition of three, and conjugate gradients run on the columns of all of them
-    together, in float64. Other operators are solved one by one, from the largest damping down,
-    each from the solution before.
+    For arrays: all dampings have the same block Krylov space, and one of a quarter of the size of
+    the matrix or less is mostly enough for all of them. What it leaves is taken further by
+    conjugate gradients in float64 on the columns of many dampings together: the float32 Cholesky
+    factor at one damping preconditions all within half a decade of it to a condition of three.
+    Other operators are solved one by one, from the largest damping down, each from the solution
+    before.
 
     Parameters
     ----------
@@ -80,77 +77,92 @@ def solve_path(
     start = time.perf_counter()
     columns = b.double() if b.ndim == 2 else b.double()[:, None]
     scale = power_of_two(columns)
-    matrix = a.double()
-    found: dict[float, Tensor] = {}
-    counts: dict[float, int] = {}
-    for pole, group in _groups(values):
-        blocks, iterations = _together(a, matrix, columns / scale, pole, group, tol)
-        found.update(zip(group, blocks, strict=True))
-        counts.update(dict.fromkeys(group, iterations))
+    columns = columns / scale
+    matrix = a.double().dense()
+    unique = sorted(set(values))
+    shifts = torch.tensor(unique, dtype=torch.float64, device=b.device)
+    x, blocks = solve_shifted(matrix, columns, shifts, 0.5 * tol)
+    norms = _residual(matrix, columns, shifts, x).norm(dim=0)
+    goal = tol * columns.norm(dim=0)
+    how = dict.fromkeys(unique, ("block lanczos", blocks))
+    left = [i for i in range(len(unique)) if not bool((norms[i] <= goal).all())]
+    for pole, group in _groups(left, unique):
+        guess = x[:, group].nan_to_num(0.0, 0.0, 0.0)
+        x[:, group], iterations = _together(a, pole, matrix, columns, shifts[group], guess, tol)
+        norms[group] = _residual(matrix, columns, shifts[group], x[:, group]).norm(dim=0)
+        how.update((unique[i], ("cg path", iterations)) for i in group)
+    relative = (norms / columns.norm(dim=0).clamp_min(1e-300)).amax(1).tolist()
     seconds = (time.perf_counter() - start) / len(values)
     out = []
     for value in values:
-        x = found[value]
-        product = matrix._matmat(x)
-        norms = (columns / scale - product - value * x).norm(dim=0)
-        relative = float((norms / (columns / scale).norm(dim=0).clamp_min(1e-300)).max())
-        if not relative <= tol:
+        i = unique.index(value)
+        if not relative[i] <= tol:
             out.append(solve(operator, rhs, damping=value, tol=tol))
             continue
-        shaped = (x * scale).reshape(b.shape)
+        method, iterations = how[value]
         out.append(
             Solution(
-                x=shaped.numpy() if isinstance(rhs, numpy.ndarray) else shaped,
+                x=like((x[:, i] * scale).reshape(b.shape), rhs),
                 status=Status.converged,
-                iterations=counts[value],
-                residual_norm=float((norms * scale).max()),
-                relative_residual=relative,
-                method="cg path",
+                iterations=iterations,
+                residual_norm=float((norms[i] * scale).max()),
+                relative_residual=relative[i],
+                method=method,
                 seconds=seconds,
             )
         )
     return out
 
 
-def _groups(values: list[float]) -> list[tuple[float, list[float]]]:
-    """Cut the path where it is `SPAN` long; give the middle of each piece and its dampings."""
-    ordered = sorted(set(values))
-    low, high = math.log(ordered[0]), math.log(ordered[-1])
+def _residual(matrix: Tensor, columns: Tensor, shifts: Tensor, x: Tensor) -> Tensor:
+    """``b - (A + shift·I) x`` for x (n, S, R)."""
+    product = (matrix @ x.reshape(len(x), -1)).view(x.shape)
+    return columns[:, None] - product.addcmul_(x, shifts[:, None])
+
+
+def _groups(indices: list[int], values: list[float]) -> list[tuple[float, list[int]]]:
+    """Cut a part of the path where it is `SPAN` long; give the middle of each piece, and it."""
+    if not indices:
+        return []
+    low, high = math.log(values[indices[0]]), math.log(values[indices[-1]])
     count = max(1, math.ceil((high - low) / math.log(SPAN)))
     width = (high - low) / count
-    groups: dict[int, list[float]] = {}
-    for value in ordered:
-        at = min(count - 1, int((math.log(value) - low) / width)) if width else 0
-        groups.setdefault(at, []).append(value)
+    groups: dict[int, list[int]] = {}
+    for i in indices:
+        at = min(count - 1, int((math.log(values[i]) - low) / width)) if width else 0
+        groups.setdefault(at, []).append(i)
     return [(math.exp(low + (at + 0.5) * width), group) for at, group in groups.items()]
 
 
 def _together(
     a: DenseOperator,
-    matrix: LinearOperator,
-    columns: Tensor,
     pole: float,
-    values: list[float],
+    matrix: Tensor,
+    columns: Tensor,
+    shifts: Tensor,
+    x: Tensor,
     tol: float,
-) -> tuple[list[Tensor], int]:
-    """Solve for some dampings by conjugate gradients, their columns side by side."""
-    r = columns.repeat(1, len(values))
-    shift = torch.tensor(values, dtype=torch.float64).repeat_interleave(columns.shape[1])
-    x, target = torch.zeros_like(r), 0.5 * tol * r.norm(dim=0)
+) -> tuple[Tensor, int]:
+    """Improve x (n, S, R) by conjugate gradients, the columns of all dampings side by side."""
+    shape = x.shape
+    goal = (0.5 * tol * columns.norm(dim=0)).repeat(len(shifts))
+    r = _residual(matrix, columns, shifts, x).reshape(len(x), -1)
+    x = x.reshape(r.shape)
+    shift = shifts.repeat_interleave(columns.shape[1])
     inverse, iterations = Cholesky().prepare(a, pole).inverse, 0
     p = r if inverse is None else inverse._matmat(r)
-    while inverse is not None and iterations < LIMIT and bool((r.norm(dim=0) > target).any()):
-        q = torch.addcmul(matrix._matmat(p), p, shift)
+    while inverse is not None and iterations < LIMIT and bool((r.norm(dim=0) > goal).any()):
+        q = torch.addcmul(matrix @ p, p, shift)
         curvature = (p * q).sum(0)
         positive = curvature > 0
         curvature = torch.where(positive, curvature, 1.0)
         step = torch.where(positive, (p * r).sum(0) / curvature, 0.0)
-        x.addcmul_(p, step)
+        x = x.addcmul(p, step)
         r.addcmul_(q, step, value=-1)
         z = inverse._matmat(r)
         p = z.addcmul(p, (z * q).sum(0) / curvature, value=-1)
         iterations += 1
-    return list(torch.split(x, columns.shape[1], dim=1)), iterations
+    return x.view(shape), iterations
 
 
 def _one_by_one(a: Any, rhs: Any, values: list[float], tol: float) -> list[Solution]:
