@@ -216,7 +216,11 @@ void copy_later(void* to, const void* from, std::size_t bytes, std::size_t size)
     fail("an asynchronous copy is misaligned or too large");
     return;
   }
-  block_now->fibers[block_now->current].open.push_back({to, from, bytes, size - bytes});
+  const Copy copy{to, from, bytes, size - bytes};
+  if (device().order == Order::reverse)
+    carry_out(copy);
+  else
+    block_now->fibers[block_now->current].open.push_back(copy);
 }
 
 void close_group() {

@@ -4,8 +4,8 @@
 // once every warp has, all go on. The order of warps and of lanes is chosen by the test: a value
 // that one thread writes and another reads without a barrier between them comes out differently in
 // forward and in reverse order. Shared memory is filled with NaN before each block, lies between
-// the red zones of AddressSanitizer, and asynchronous copies arrive no earlier than they are waited
-// for.
+// the red zones of AddressSanitizer. Asynchronous copies arrive when they are waited for; in
+// reverse order, at once.
 //
 // This checks the logic of a kernel (indices, barriers, tails). It says nothing of the hardware.
 #pragma once

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+HOST_ONLY = ("masked_matmul_plan", "masked_matmul_vector_tile")
+
 
 class PretendGraph:
     """What stands in for ``torch.cuda.CUDAGraph``."""
@@ -57,9 +59,20 @@ class _Record(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.is_view:
             return out
-        out.fill_(torch.nan)
-        self.graph.work.append(lambda: out.copy_(func(*args, **kwargs)))
+        for part in _parts(out):
+            if part.is_floating_point():  # indices may only depend on what never changes
+                part.fill_(torch.nan)
+
+        def again() -> None:
+            for part, value in zip(_parts(out), _parts(func(*args, **kwargs)), strict=True):
+                part.copy_(value)
+
+        self.graph.work.append(again)
         return out
+
+
+def _parts(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
 class RecordedKernels:
@@ -72,7 +85,7 @@ class RecordedKernels:
         function = getattr(self.kernels, name)
 
         def call(*args: Any) -> Any:
-            if PretendGraph.recording is None:
+            if PretendGraph.recording is None or name in HOST_ONLY:
                 return function(*args)
             PretendGraph.recording.work.append(lambda: function(*args))
             return None

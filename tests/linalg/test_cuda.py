@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretend_graph import PretendGraph, RecordedKernels
 
+import jacpot
 from jacpot import _backend
 from jacpot.linalg import DenseOperator, FunctionOperator, Status, solve
 from jacpot.linalg.cuda_cg import CHECK_EVERY
+from jacpot.ops.jacobian import Factors, Rows
+from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 
 EVERY = ["cg", "block_cg", "cholesky", "lsmr"]
 
@@ -173,6 +176,26 @@ def test_a_replayed_iteration_is_the_iteration(graphs, preconditioner, dtype):
     assert len(graphs) == 1
     assert torch.equal(replayed.x, plain.x)
     assert replayed.history == plain.history
+
+
+@pytest.mark.parametrize("density", [None, 0.05, 0.5])
+@pytest.mark.parametrize("kind", [KernelOperator, GaussNewtonOperator])
+def test_products_with_a_small_jacobian_are_replayed(graphs, kind, density):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 2, 1, 30, generator=generator).double()
+    s = torch.randn(8, 3, 2, 1, 9, generator=generator).double()
+    pattern = None
+    if density is not None:
+        pattern = jacpot.Pattern(torch.rand(9, 30, generator=generator) < density)
+    rows = torch.randn(8, 3, 4, generator=generator).double()
+    operator = kind(JacobianOperator([Factors(a, s, pattern, bias=True), Rows(rows)], 8, 3))
+    b = torch.randn(operator.shape[0], 2, generator=generator).double()
+    replayed = solve(operator, b, 5.0, method="cg", tol=1e-10)
+    assert replayed.converged, str(replayed)
+    assert [graph.replays for graph in graphs] == [replayed.iterations - 1]
+    operator.replayable = False
+    plain = solve(operator, b, 5.0, method="cg", tol=1e-10)
+    assert torch.equal(replayed.x, plain.x)
 
 
 def test_what_may_not_be_recorded_is_not(graphs):

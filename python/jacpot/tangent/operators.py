@@ -30,6 +30,7 @@ __all__ = ["GaussNewtonOperator", "JacobianOperator", "KernelOperator"]
 
 SLICE_BYTES = 16 << 20  # of float64 factors made at once: they are used while in cache
 WHOLE_BYTES = 256 << 20  # of float64 factors for a symmetric Gram matrix, which takes them all
+REPLAYED_BYTES = 64 << 20  # of factors whose products take a GPU less time than their launches
 COLUMN_CHUNK = 1 << 19  # elements of columns that are computed while they are in cache
 
 
@@ -93,6 +94,11 @@ class JacobianOperator(LinearOperator):
         self.own_dtype = blocks[0].dtype if blocks else torch.float64
         self.dtype = dtype or self.own_dtype
         self.device = blocks[0].device if blocks else device or torch.device("cpu")
+        size = sum(
+            b.activations.nbytes + b.signals.nbytes if isinstance(b, Factors) else b.rows.nbytes
+            for b in self.blocks
+        )
+        self.replayable = self.dtype == self.own_dtype and size <= REPLAYED_BYTES
 
     def at(self, examples: Tensor) -> list[Block]:
         """Give the blocks of some examples, in this operator's dtype."""
@@ -203,6 +209,7 @@ class KernelOperator(LinearOperator):
         self.jacobian = jacobian
         self.shape = (jacobian.shape[0], jacobian.shape[0])
         self.dtype, self.device = jacobian.dtype, jacobian.device
+        self.replayable = jacobian.replayable
         # Layers with positions or masks give the columns of all outputs of an example at once.
         single = all(isinstance(b, Factors) and _is_plain(b) for b in jacobian.blocks)
         self.column_group = 1 if single else max(1, jacobian.n_outputs)
@@ -283,6 +290,7 @@ class GaussNewtonOperator(LinearOperator):
         self.jacobian = jacobian
         self.shape = (jacobian.shape[1], jacobian.shape[1])
         self.dtype, self.device = jacobian.dtype, jacobian.device
+        self.replayable = jacobian.replayable
 
     def _dense(self) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)

@@ -45,6 +45,7 @@ class StreamedJacobian(JacobianOperator):
         self.capture, self.x, self.batch_size, self.mix = capture, x, batch_size, mix
         first = capture(x[:1])
         super().__init__(first.blocks, len(x), first.n_outputs, dtype, first.outputs.device)
+        self.replayable = False
 
     def _blocks(self, examples: slice | Tensor) -> list[Block]:
         blocks = self.capture(self.x[examples]).blocks
