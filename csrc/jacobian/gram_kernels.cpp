@@ -1,22 +1,21 @@
 #include "common/simd.hpp"
 #include "jacobian/gram.hpp"
+#include "jacobian/gram_panels.hpp"
 #include "jacobian/transpose.hpp"
 
 namespace jacpot::JACPOT_ISA {
 namespace {
 
-constexpr int vectors = 3;  // of columns in a register tile
-constexpr int unit_block =
-    64;  // output units of a masked layer whose activations' products are held
+// Output units of a masked layer whose activations' products are held.
+constexpr int unit_block = 64;
 
 template <class T>
 struct Gram {
   using V = Simd<T>;
   using Vec = typename V::Vec;
-  static constexpr int width = V::width;
-  static constexpr int panel = vectors * width;
-  // Rows of a register tile: accumulators, one row of columns and a broadcast fill the registers.
-  static constexpr int block = JACPOT_VECTOR_BYTES == 64 ? 8 : panel % 4 == 0 ? 4 : 3;
+  using Accumulator = typename Panels<T>::Accumulator;
+  static constexpr int width = Panels<T>::width, vectors = Panels<T>::vectors,
+                       panel = Panels<T>::panel, block = Panels<T>::block;
   // Inner indices whose columns, and the rows that pass by, stay in L1 together.
   static constexpr std::int64_t segment =
       (24 << 10) / (panel * static_cast<std::int64_t>(sizeof(T)));
@@ -55,38 +54,6 @@ struct Gram {
   }
 
   static JACPOT_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-  // acc (block, panel) = Σ_x left[x, 0:block] ⊗ right[x, 0:panel]
-  struct Accumulator {
-    Vec v[block][vectors];
-    JACPOT_INLINE Accumulator() {
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r)
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j) v[r][j] = V::zero();
-    }
-    JACPOT_INLINE void add(const T* left, const T* right) {
-      Vec c[vectors];
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j) c[j] = V::load(right + j * width);
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r) {
-        const Vec b = V::broadcast(left[r]);
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j) v[r][j] = V::fma(b, c[j], v[r][j]);
-      }
-    }
-    JACPOT_INLINE void add(const T* left, const T* right, std::int64_t n) {
-      for (std::int64_t x = 0; x < n; ++x, left += panel, right += panel) add(left, right);
-    }
-    JACPOT_INLINE void store(T* out, T shift) const {
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r)
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j)
-          V::store(out + r * panel + j * width, v[r][j] + V::broadcast(shift));
-    }
-  };
 
   // Where a row (unit, output) of a block belongs in z, and its unit's activations' products.
   struct Line {
@@ -187,16 +154,6 @@ struct Gram {
       }
   }
 
-  static JACPOT_INLINE Vec permute(Vec v, const T* index) {
-#if defined(__clang__)
-    Vec out;
-    for (int i = 0; i < width; ++i) out[i] = v[static_cast<int>(index[i])];
-    return out;
-#else
-    return __builtin_shuffle(v, __builtin_convertvector(V::load(index), decltype(v < v)));
-#endif
-  }
-
   // z[(unit, k)] += Σ_u δ_right[u] ⊙ a_u[unit] · δ_left[unit, k, u] for `K` outputs of one unit.
   template <int K>
   void add_units(const T* left, const T* right, std::int64_t n, std::int64_t row,
@@ -210,8 +167,8 @@ struct Gram {
       const T* a = units + (u * block + row) * panel;
 #pragma GCC unroll 3
       for (int j = 0; j < vectors; ++j)
-        order[j] =
-            permute(V::load(a + offset[j]), index[j]) * V::load(right + u * panel + j * width);
+        order[j] = Panels<T>::permute(V::load(a + offset[j]), index[j]) *
+                   V::load(right + u * panel + j * width);
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
         const Vec b = V::broadcast(left[u * block * row_slice + k]);
@@ -421,23 +378,9 @@ struct Gram {
     Gram(plan, tile, memory).run();
   }
 
-  static void pack(const T* const* lines, std::int64_t inner, T* dst, std::int64_t dst_stride) {
-    for (int j = 0; j < panel; j += width) {
-      bool whole = true;
-      for (int i = 0; i < width; ++i) whole = whole && lines[j + i];
-      std::int64_t x = 0;
-      for (; whole && x + width <= inner; x += width) {
-        const T* at[width];
-        for (int i = 0; i < width; ++i) at[i] = lines[j + i] + x;
-        transpose_block<T>(at, dst + x * dst_stride + j, dst_stride);
-      }
-      for (; x < inner; ++x)
-        for (int i = 0; i < width; ++i)
-          dst[x * dst_stride + j + i] = lines[j + i] ? lines[j + i][x] : T(0);
-    }
+  static constexpr GramKernels<T> kernels() {
+    return {panel, block, &Panels<T>::pack, &scratch, &run_tile};
   }
-
-  static constexpr GramKernels<T> kernels() { return {panel, block, &pack, &scratch, &run_tile}; }
 };
 
 constexpr GramTable gram_table{Gram<float>::kernels(), Gram<double>::kernels()};

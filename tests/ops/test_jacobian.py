@@ -128,6 +128,20 @@ def test_products(device, problem, columns):
     assert_close(torch.cat(backward), reference.vjp(jacobian, u.double()), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [5, 16, 17, 40])
+@pytest.mark.parametrize("o", [7, 16, 100])
+def test_products_of_many_outputs(each_isa, k, o, dtype):
+    torch.manual_seed(k)
+    block = ops.Factors(torch.randn(3, 1, 1, 4, dtype=dtype), torch.randn(3, k, 1, 1, o).to(dtype))
+    jacobian = reference.rows(block.activations.double(), block.signals.double())
+    v, u = torch.randn(4 * o, dtype=dtype), torch.randn(3, k, dtype=dtype)
+    assert_close(ops.jvp([block], [v]), reference.jvp(jacobian, v.double()), dtype)
+    assert_close(ops.vjp([block], u)[0], reference.vjp(jacobian, u.double()), dtype)
+    assert_close(ops.row_norms([block]), reference.row_norms(jacobian), dtype)
+    assert_close(ops.column_norms([block]), reference.column_norms(jacobian), dtype)
+
+
 @given(problem=problems())
 @settings(deadline=None, max_examples=40)
 def test_rows_and_norms(device, problem):
