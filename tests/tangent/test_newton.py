@@ -10,6 +10,7 @@ from torch import nn
 
 import jacpot
 from jacpot.linalg import Interrupted, Status
+from jacpot.tangent import quadratic_model
 from jacpot.tangent.losses import ConvexLoss, get_loss
 
 
@@ -192,6 +193,69 @@ def test_gauss_newton_stops_when_told():
     result = jacpot.gauss_newton(net, inputs(), targets("mse"), callback=lambda *_: False)
     assert result.status is Status.interrupted
     assert result.steps == 1
-    for options in ({"max_steps": -1}, {"damping": 0.0}, {"batch_size": 0}):
+    for options in (
+        {"max_steps": -1},
+        {"damping": 0.0},
+        {"batch_size": 0},
+        {"batch_size": "all"},
+        {"inner_iterations": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             jacpot.gauss_newton(net, inputs(), targets("mse"), **options)
+
+
+@pytest.mark.parametrize("inner_iterations", [1, 4])
+def test_gauss_newton_with_kronecker_factors_falls_monotonically(monkeypatch, inner_iterations):
+    monkeypatch.setattr(quadratic_model, "DIRECT_SIZE", 0)
+    net, x = network(width=64, dtype=torch.float32), inputs(dtype=torch.float32)
+    result = jacpot.gauss_newton(
+        net, x, targets("cross_entropy"), "cross_entropy", max_steps=60, batch_size=None,
+        inner_iterations=inner_iterations,
+    )  # fmt: skip
+    assert all(b < a for a, b in itertools.pairwise(result.losses))
+    assert result.losses[-1] < 1e-2 * result.losses[0]
+    assert result.inner_iterations == inner_iterations * result.steps
+
+
+def test_gauss_newton_grows_its_batches_to_all_examples():
+    net, x = network(width=16), inputs(1200)
+    y = torch.sin(3 * x[:, :3])
+    result = jacpot.gauss_newton(net, x, y, max_steps=60)
+    assert result.batch_size == 1200
+    value = 0.5 * (net(x).detach() - y).square().sum(1).mean()
+    assert float(value) == pytest.approx(result.losses[-1], rel=1e-6)
+    again = network(width=16)
+    assert jacpot.gauss_newton(again, x, y, max_steps=60).losses == result.losses
+
+
+def test_gauss_newton_keeps_the_last_step_when_interrupted():
+    taken = []
+
+    def callback(step, loss, seconds):
+        taken.append(net[0].weight.detach().clone())
+        if step == 3:
+            raise KeyboardInterrupt
+
+    net = network()
+    with pytest.raises(KeyboardInterrupt):
+        jacpot.gauss_newton(net, inputs(), targets("mse"), callback=callback)
+    assert len(taken) == 3
+    assert torch.equal(net[0].weight, taken[-1])
+
+
+def test_gauss_newton_where_there_is_nothing_to_do():
+    net = network()
+    y = net(inputs()).detach()
+    assert jacpot.gauss_newton(net, inputs(), y).converged
+    assert jacpot.gauss_newton(net, inputs(0), y[:0]).converged
+    pruned = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in net.named_parameters()}
+    assert jacpot.gauss_newton(net, inputs(), targets("mse"), mask=pruned).converged
+
+
+def test_gauss_newton_from_saturated_probabilities():
+    net = network(dtype=torch.float32)
+    with torch.no_grad():
+        net[2].weight.mul_(1e4)
+    x, y = inputs(dtype=torch.float32), targets("cross_entropy")
+    result = jacpot.gauss_newton(net, x, y, "cross_entropy", max_steps=60)
+    assert result.losses[-1] < 0.01 * result.losses[0]

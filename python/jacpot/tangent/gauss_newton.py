@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from jacpot.linalg import Status
+from jacpot.tangent.batches import Batches
 from jacpot.tangent.jacobian import jacobian
 from jacpot.tangent.losses import Loss, get_loss
-from jacpot.tangent.newton import newton_direction
-from jacpot.tangent.operators import JacobianOperator
-from jacpot.tangent.squared import named
+from jacpot.tangent.quadratic_model import QuadraticModel
 
 __all__ = ["GaussNewton", "gauss_newton"]
 
-REJECTIONS = 12  # in a row, each with more damping, before it counts as stagnated
+FIRST_DAMPING = 0.01  # of the kernel's mean diagonal
+REJECTIONS = 20  # in a row, each with four times the damping, before it counts as stagnated
+SHARE = 0.5  # of a step's effect that new examples have to see, else the batch is too small
 
 
 @dataclass
@@ -38,6 +40,8 @@ class GaussNewton:
     gradient_norm : float
         Of the mean loss, relative to the first.
     steps, inner_iterations : int
+    batch_size : int
+        Of the last step.
     seconds : float
     """
 
@@ -47,6 +51,7 @@ class GaussNewton:
     gradient_norm: float = 1.0
     steps: int = 0
     inner_iterations: int = 0
+    batch_size: int = 0
     seconds: float = 0.0
 
     @property
@@ -63,25 +68,28 @@ def gauss_newton(
     max_steps: int = 50,
     tol: float = 1e-5,
     damping: float | None = None,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] | None = "auto",
     mask: Mapping[str, Tensor] | None = None,
-    preconditioner: Any = "auto",
-    inner_tol: float = 0.05,
-    inner_max_iter: int = 200,
+    inner_iterations: int = 1,
     callback: Callable[[int, float, float], Any] | None = None,
     seed: int = 0,
 ) -> GaussNewton:
     """Train a network, in place, by damped Gauss-Newton steps.
 
-    Each step d solves ``(J̃ᵀ J̃ + damping·I) d = -∇L`` with the Jacobian at the present weights
-    scaled by the root of the loss's Hessian, in the smaller of the dual and the primal space, so
-    an underdetermined network is no singular system. The damping follows the ratio of actual
-    and predicted decrease (Nielsen 1999; Marquardt 1963).
+    A step d lowers the quadratic model ``⟨g, d⟩ + ½ dᵀ (B + damping·I) d`` of the mean loss, with
+    the generalised Gauss-Newton matrix B; damped, it is not singular, however underdetermined the
+    network. It is minimised over the span of two directions: the last step, and ``-P⁻¹ g`` with
+    the matrix itself as P where it is small (in the dual or the primal), else its Kronecker
+    factors (Martens & Grosse 2015, section 7). Each further inner iteration adds the
+    preconditioned residual, as conjugate gradients would. A step that is refused is found again
+    with more damping in the same span, for the price of one evaluation of the loss. The damping
+    follows the ratio of actual and predicted decrease (Marquardt 1963; Martens 2010).
 
     Parameters
     ----------
     module
-        Trained in place; its forward takes one tensor.
+        Trained in place; its forward takes one tensor. It holds the last accepted step at any
+        time, also when interrupted.
     x, y
         Inputs (N, ...) and targets as in `LinearizedModule.fit`.
     loss
@@ -91,17 +99,22 @@ def gauss_newton(
     tol
         On the norm of the gradient relative to its first value; for full batches.
     damping
-        The first; by default a hundredth of the mean diagonal of ``J̃ J̃ᵀ``.
+        The first; by default a hundredth of the mean diagonal of the kernel, scaled by the roots
+        of the loss's Hessian.
     batch_size
-        Examples a step, in a new random order each epoch; all by default.
+        Examples a step, in a new random order each epoch. ``None``: all of them, so that the loss
+        falls monotonically. ``"auto"``: 500, and twice as many whenever a step has less than half
+        its effect on the examples of the next batch, until it is all of them (growing samples:
+        Byrd, Chin, Nocedal & Wu 2012). Up to 999 examples are a full batch from the start.
     mask
         Bool tensors by parameter name; pruned parameters stay zero.
-    preconditioner, inner_tol, inner_max_iter
-        Of the systems inside.
+    inner_iterations
+        Directions a step, besides the last step's. Each takes a product with J, and each after
+        the first another with its transpose.
     callback
         Called with ``(step, mean loss, seconds)``; False stops.
     seed
-        Of the batches.
+        Of the batches, and of the examples that the Kronecker factors are made of.
 
     Returns
     -------
@@ -122,111 +135,127 @@ def gauss_newton(
     >>> result.losses[-1] < 1e-3 * result.losses[0]
     True
     """
-    if max_steps < 0:
-        raise ValueError(f"argument 'max_steps' must be at least 0, got {max_steps}")
+    for name, count, least in (
+        ("max_steps", max_steps, 0),
+        ("inner_iterations", inner_iterations, 1),
+    ):
+        if count < least:
+            raise ValueError(f"argument {name!r} must be at least {least}, got {count}")
     if damping is not None and not 0 < damping < float("inf"):
         raise ValueError(f"argument 'damping' must be finite and above 0, got {damping}")
-    chosen, start = get_loss(loss), time.perf_counter()
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    if mask:
-        with torch.no_grad():
-            for name, kept in mask.items():
-                module.get_parameter(name).mul_(kept)
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    objective = _Objective(module, x, y, get_loss(loss), mask)
+    batches = Batches(len(x), batch_size, generator)
     result = GaussNewton(Status.iteration_limit, [], [])
-    growth, first_gradient = 2.0, None
-    for batch in _batches(len(x), batch_size, seed):
-        if result.steps >= max_steps:
-            break
-        columns = jacobian(module, x[batch], mask=mask)
-        operator = JacobianOperator(columns.blocks, columns.n_examples, columns.n_outputs)
-        if 0 in operator.shape:
+    batch, previous, first_norm = batches.draw(), None, 0.0
+    while result.steps < max_steps:
+        model = objective.model(batch, generator)
+        if 0 in model.operator.shape:
             result.status = Status.converged
             break
-        f, targets = columns.outputs.double(), chosen.check(y[batch], columns.outputs)
-        n = len(f)
-        value = float(chosen.value(f, targets).sum())
-        result.losses[:] = result.losses or [value / n]
-        root, pull = chosen.root(f, targets), chosen.gradient(f, targets)
-        gradient = (operator.T @ pull.reshape(-1)).double()
-        norm = float(gradient.norm()) / n
-        first_gradient = first_gradient or norm
-        result.gradient_norm = norm / first_gradient if first_gradient else 0.0
-        if not (value < float("inf") and norm < float("inf")):
+        result.losses[:] = result.losses or [model.value]
+        norm = float(model.gradient.norm())
+        first_norm = first_norm or norm
+        result.gradient_norm = norm / first_norm if first_norm else 0.0
+        if not (model.value < float("inf") and norm < float("inf")):
             result.status = Status.non_finite
             break
-        if norm == 0 or (batch_size is None and result.gradient_norm <= tol):
-            result.status = Status.converged
+        optimal = norm == 0 or (batches.whole and result.gradient_norm <= tol)
+        step = None
+        if not optimal:
+            unit = model.unit()
+            damping = FIRST_DAMPING * unit if damping is None else damping
+            # The matrix's own rounding is of this size: less damping is none.
+            damping = max(damping, torch.finfo(model.operator.dtype).eps * unit)
+            step = _descend(objective, model, batch, damping, previous, inner_iterations)
+            result.inner_iterations += inner_iterations
+        if step is None:  # nothing to gain on this batch, but maybe on a larger one
+            if batches.double():
+                batch, previous = batches.draw(), None
+                continue
+            result.status = Status.converged if optimal else Status.stagnated
             break
-        if damping is None:
-            scale = root.square().sum((1, 2)) / f.shape[1]
-            rows = columns.row_norms().double().square().mean(1)
-            damping = 0.01 * float((rows * scale).mean())
-            damping = max(damping, 1e-12)
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        for _ in range(REJECTIONS):
-            _move(parameters, before, {})
-            direction = newton_direction(
-                operator,
-                root,
-                gradient,
-                damping,
-                inner_tol,
-                named(preconditioner),
-                max_iter=inner_max_iter,
-                precise=False,
-            )
-            result.inner_iterations += direction.iterations
-            d = direction.x
-            moved = (operator @ d).double().reshape(f.shape)
-            curved = torch.einsum("nkl,nk->nl", root, moved).square().sum()
-            predicted = -float((pull * moved).sum() + 0.5 * curved)
-            _move(parameters, before, columns.unflatten(_flat(columns, operator, d)))
-            with torch.no_grad():
-                after = float(
-                    chosen.value(module(x[batch]).reshape(f.shape).double(), targets).sum()
-                )
-            ratio = (value - after) / predicted if predicted > 0 else -1.0
-            if ratio > 0 and after < value:
-                result.dampings.append(damping)
-                damping *= max(1 / 3, 1 - (2 * ratio - 1) ** 3)
-                growth = 2.0
-                break
-            damping, growth = damping * growth, growth * 2
-        else:
-            _move(parameters, before, {})
-            result.status = Status.stagnated
-            break
+        batch = batches.draw()
+        if batches.growing:
+            seen = objective.mean(objective.parameters, batch) - objective.mean(step.weights, batch)
+            if seen < SHARE * (model.value - step.loss) and batches.double():
+                batch = batches.draw()
+        objective.take(step.weights)
+        result.dampings.append(step.damping)
+        ratio = (model.value - step.loss) / step.predicted
+        damping = step.damping * (2 / 3 if ratio > 3 / 4 else 3 / 2 if ratio < 1 / 4 else 1)
+        previous = step.direction
         result.steps += 1
-        result.losses.append(after / n)
+        result.batch_size = model.n
+        result.losses.append(step.loss)
         elapsed = time.perf_counter() - start
-        if callback is not None and callback(result.steps, after / n, elapsed) is False:
+        if callback is not None and callback(result.steps, step.loss, elapsed) is False:
             result.status = Status.interrupted
             break
     result.seconds = time.perf_counter() - start
     return result
 
 
-def _batches(n: int, size: int | None, seed: int) -> Iterator[slice | Tensor]:
-    if size is None or size >= n:
-        while True:
-            yield slice(None)
-    if size < 1:
-        raise ValueError(f"argument 'batch_size' must be at least 1, got {size}")
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(n, generator=generator, device="cpu")
-        yield from (order[i : i + size] for i in range(0, n - n % size, size))
+class _Objective:
+    """The mean loss of some examples as a function of the module's parameters."""
+
+    def __init__(
+        self, module: nn.Module, x: Tensor, y: Tensor, loss: Loss, mask: Mapping[str, Tensor] | None
+    ) -> None:
+        self.module, self.x, self.y, self.loss, self.mask = module, x, y, loss, mask
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if mask:
+            with torch.no_grad():
+                for name, kept in mask.items():
+                    module.get_parameter(name).mul_(kept)
+
+    def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel:
+        """Give the quadratic model at the module's parameters."""
+        columns = jacobian(self.module, self.x[examples], mask=self.mask)
+        return QuadraticModel(columns, self.y[examples], self.loss, generator)
+
+    @torch.no_grad()
+    def mean(self, weights: Mapping[str, Tensor], examples: slice | Tensor) -> float:
+        """Evaluate the loss at other parameters; the module keeps its own."""
+        outputs = functional_call(self.module, dict(weights), (self.x[examples],))
+        outputs = outputs.reshape(len(outputs), -1).double()
+        targets = self.loss.check(self.y[examples], outputs)
+        return float(self.loss.value(outputs, targets).mean())
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the module's parameters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
 
 
-def _flat(columns: Any, operator: JacobianOperator, d: Tensor) -> Tensor:
-    parts = torch.split(d.to(operator.own_dtype), operator.sizes)
-    flat: Tensor = columns.from_blocks(parts)
-    return flat
+@dataclass(frozen=True)
+class _Step:
+    direction: Tensor
+    weights: Mapping[str, Tensor]
+    damping: float
+    predicted: float
+    loss: float
 
 
-@torch.no_grad()
-def _move(
-    parameters: Mapping[str, Tensor], before: Mapping[str, Tensor], step: Mapping[str, Tensor]
-) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(before[name] + step[name] if name in step else before[name])
+def _descend(
+    objective: _Objective, model: QuadraticModel, batch: slice | Tensor,
+    damping: float, previous: Tensor | None, iterations: int,
+) -> _Step | None:  # fmt: skip
+    """Find a step that lowers the loss of the batch, with more damping if need be."""
+    precondition, residual = model.preconditioner(damping), -model.gradient
+    if previous is not None:
+        model.widen(previous)
+    for iteration in range(iterations):
+        if iteration:
+            residual = model.residual(damping)
+        model.widen(precondition(residual))
+    for _ in range(REJECTIONS):
+        direction, predicted = model.minimise(damping)
+        change = model.by_name(direction)
+        weights = {n: p + change.get(n, 0) for n, p in objective.parameters.items()}
+        loss = objective.mean(weights, batch)
+        if predicted > 0 and loss < model.value:
+            return _Step(direction, weights, damping, predicted, loss)
+        damping *= 4
+    return None

@@ -56,8 +56,7 @@ def mixed_blocks(blocks: Sequence[Block], matrix: Tensor) -> list[Block]:
     for block in blocks:
         mix = matrix.to(block.dtype)
         if isinstance(block, Factors):
-            n, k = block.signals.shape[:2]
-            signals = (mix.mT @ block.signals.reshape(n, k, -1)).reshape(block.signals.shape)
+            signals = (mix.mT @ block.signals.flatten(2)).reshape(block.signals.shape)
             out.append(dataclasses.replace(block, signals=signals))
         else:
             out.append(dataclasses.replace(block, rows=mix.mT @ block.rows))

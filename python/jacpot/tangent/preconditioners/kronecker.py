@@ -57,11 +57,10 @@ class _Layer:
             a = torch.cat([a, a.new_ones(n * t, 1)], dim=1)
         s = block.signals.reshape(n * k * t, -1)
         self.bias = block.bias
-        in_values, self.inner = torch.linalg.eigh((a.T @ a).double() / (n * t))
-        out_values, self.outer = torch.linalg.eigh((s.T @ s).double())
-        self.inner, self.outer = self.inner.to(a.dtype), self.outer.to(a.dtype)
+        in_values, self.inner = torch.linalg.eigh(a.T @ a / (n * t))
+        out_values, self.outer = torch.linalg.eigh(s.T @ s)
         product = out_values.clamp_min(0)[:, None] * in_values.clamp_min(0)
-        self.divisor = (product + damping).to(a.dtype)
+        self.divisor = product + damping
 
     def solve(self, x: Tensor) -> Tensor:
         o, i = self.divisor.shape

@@ -1,0 +1,128 @@
+"""The quadratic model of a mean loss around the present weights, minimised in few directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jacpot.ops.jacobian import row_norms
+from jacpot.tangent.factored import Jacobian
+from jacpot.tangent.losses import Loss
+from jacpot.tangent.newton import newton_direction
+from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator
+from jacpot.tangent.preconditioners import Auto, Kronecker
+
+__all__ = ["QuadraticModel"]
+
+DIRECT_SIZE = 2000  # systems of this size are factored exactly, in tens of milliseconds
+DIRECT_TOL = 0.01
+DEPENDENT = 1e-6  # share of a direction outside the subspace that is rounding
+SAMPLE = 500  # examples that the Kronecker factors are made of; they only precondition
+
+
+class QuadraticModel:
+    """``m(d) = ⟨g, d⟩ + ½ dᵀ B d`` with the generalised Gauss-Newton matrix ``B = Jᵀ H J / N``.
+
+    H holds the Hessians of the loss by the outputs (Schraudolph 2002). The directions that
+    `widen` adds are kept with their images under J, so that minimising m over their span costs
+    no product with J, whatever the damping.
+
+    Parameters
+    ----------
+    columns
+        J (N·K, P) at the present weights.
+    y
+        Targets, as the loss wants them.
+    loss
+        See `jacpot.tangent.losses`.
+    generator
+        Chooses the examples that the preconditioner is made of.
+
+    Attributes
+    ----------
+    value : float
+        Mean loss at the present weights.
+    gradient : Tensor
+        g (P,) in float64, in the order of the blocks of J.
+    """
+
+    def __init__(
+        self, columns: Jacobian, y: Tensor, loss: Loss, generator: torch.Generator
+    ) -> None:
+        self._columns, self.n = columns, columns.n_examples
+        self.operator = JacobianOperator(columns.blocks, self.n, columns.n_outputs)
+        outputs, targets = columns.outputs.double(), loss.check(y, columns.outputs)
+        self.value = float(loss.value(outputs, targets).mean())
+        self.root = loss.root(outputs, targets)
+        self.gradient = self._pull(loss.gradient(outputs, targets))
+        self._directions = self.gradient.new_empty(len(self.gradient), 0)  # orthonormal
+        self._images = outputs.new_empty(self.operator.shape[0], 0)  # of Sᵀ J, with H = S Sᵀ
+        sample = torch.randperm(self.n, generator=generator)[:SAMPLE].to(outputs.device)
+        part = JacobianOperator(self.operator.at(sample), len(sample), columns.n_outputs)
+        self._sample = part.mixed(self.root[sample])
+
+    def _pull(self, u: Tensor) -> Tensor:
+        return (self.operator.T @ u.reshape(-1)).double() / self.n
+
+    def by_name(self, direction: Tensor) -> dict[str, Tensor]:
+        """Give a direction (P,) by parameter name, in J's dtype."""
+        parts = torch.split(direction.to(self.operator.dtype), self.operator.sizes)
+        return self._columns.unflatten(self._columns.from_blocks(parts))
+
+    def unit(self) -> float:
+        """The size of B: what a damping is large or small against.
+
+        That is the mean diagonal of ``Sᵀ J Jᵀ S``, here of a sample; or, where H vanishes at
+        saturated outputs but the gradient does not, the curvature that keeps the model above zero.
+        """
+        diagonal = float(row_norms(self._sample.blocks).double().square().mean())
+        return max(diagonal, float(self.gradient.square().sum()) / (2 * abs(self.value) or 1))
+
+    def preconditioner(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Give ``r ↦ (B + damping·I)⁻¹ r``: exact for small systems, else by Kronecker factors."""
+        if min(self.operator.shape) <= DIRECT_SIZE:
+            return lambda r: newton_direction(
+                self.operator, self.root, -self.n * r, self.n * damping, DIRECT_TOL, Auto(),
+                precise=False,
+            ).x  # fmt: skip
+        count = self._sample.n_examples
+        prepared = Kronecker().prepare(GaussNewtonOperator(self._sample), count * damping)
+        inverse = prepared.inverse
+        assert inverse is not None
+        return lambda r: count * (inverse @ r.to(inverse.dtype)).double()
+
+    def widen(self, direction: Tensor) -> None:
+        """Add a direction (P,) to the subspace, unless it lies in it: one product with J."""
+        direction = direction / direction.norm()
+        for _ in range(2):  # Gram-Schmidt, twice is enough
+            direction = direction - self._directions @ (self._directions.T @ direction)
+        length = float(direction.norm())
+        if not length > DEPENDENT:  # or not finite
+            return
+        direction = direction / length
+        image = (self.operator @ direction).double().reshape(self.n, -1)
+        image = torch.einsum("nkl,nk->nl", self.root, image).reshape(-1, 1)
+        self._directions = torch.cat([self._directions, direction[:, None]], 1)
+        self._images = torch.cat([self._images, image], 1)
+
+    def minimise(self, damping: float) -> tuple[Tensor, float]:
+        """Minimise ``m(d) + damping/2 ‖d‖²`` over the subspace; give d and the decrease of m."""
+        weights, decrease = self._weigh(damping)
+        return self._directions @ weights, decrease
+
+    def residual(self, damping: float) -> Tensor:
+        """``-g - (B + damping·I) d`` at that d: one product with Jᵀ."""
+        weights, _ = self._weigh(damping)
+        images = (self._images @ weights).reshape(self.n, -1)
+        curved = self._pull(torch.einsum("nkl,nl->nk", self.root, images))
+        return -self.gradient - curved - damping * (self._directions @ weights)
+
+    def _weigh(self, damping: float) -> tuple[Tensor, float]:
+        curvature = self._images.T @ self._images / self.n
+        slopes = self._directions.T @ self.gradient
+        weights = -torch.linalg.solve(
+            curvature + damping * torch.eye(len(slopes)).to(slopes), slopes
+        )
+        return weights, -float(slopes @ weights + 0.5 * weights @ curvature @ weights)
