@@ -18,8 +18,12 @@ def model(loss="cross_entropy", n=12):
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(n, 4).double(), torch.randint(0, 3, (n,))
     y = y if loss == "cross_entropy" else torch.randn(n, 3).double()
-    columns = jacpot.jacobian(net, x)
-    return QuadraticModel(columns, y, get_loss(loss), torch.Generator().manual_seed(0))
+    columns, chosen = jacpot.jacobian(net, x), get_loss(loss)
+    f, targets = columns.outputs, chosen.check(y, columns.outputs)
+    gradient = columns.unflatten(columns.T @ chosen.gradient(f, targets) / n)
+    value = float(chosen.value(f, targets).mean())
+    generator = torch.Generator().manual_seed(0)
+    return QuadraticModel(columns, chosen.root(f, targets), gradient, value, generator)
 
 
 def matrix(at):

@@ -20,8 +20,9 @@ from jacpot.tangent.quadratic_model import QuadraticModel
 __all__ = ["GaussNewton", "gauss_newton"]
 
 FIRST_DAMPING = 0.01  # of the kernel's mean diagonal
+CURVATURE = 2000  # examples that the curvature is taken from, at most; the gradient from all
 REJECTIONS = 20  # in a row, each with four times the damping, before it counts as stagnated
-SHARE = 0.5  # of a step's effect that new examples have to see, else the batch is too small
+SHARE = 0.25  # of a step's effect that new examples have to see, else the batch is too small
 
 
 @dataclass
@@ -103,9 +104,10 @@ def gauss_newton(
         of the loss's Hessian.
     batch_size
         Examples a step, in a new random order each epoch. ``None``: all of them, so that the loss
-        falls monotonically. ``"auto"``: 500, and twice as many whenever a step has less than half
-        its effect on the examples of the next batch, until it is all of them (growing samples:
-        Byrd, Chin, Nocedal & Wu 2012). Up to 999 examples are a full batch from the start.
+        falls monotonically. ``"auto"``: 500, and twice as many whenever a step has less than a
+        quarter of its effect on the examples of the next batch, until it is all of them (growing
+        samples: Byrd, Chin, Nocedal & Wu 2012). Up to 999 examples are a full batch throughout.
+        The gradient is that of the batch, the curvature that of at most 2,000 of its examples.
     mask
         Bool tensors by parameter name; pruned parameters stay zero.
     inner_iterations
@@ -150,7 +152,7 @@ def gauss_newton(
     batch, previous, first_norm = batches.draw(), None, 0.0
     while result.steps < max_steps:
         model = objective.model(batch, generator)
-        if 0 in model.operator.shape:
+        if model is None:
             result.status = Status.converged
             break
         result.losses[:] = result.losses or [model.value]
@@ -186,7 +188,7 @@ def gauss_newton(
         damping = step.damping * (2 / 3 if ratio > 3 / 4 else 3 / 2 if ratio < 1 / 4 else 1)
         previous = step.direction
         result.steps += 1
-        result.batch_size = model.n
+        result.batch_size = len(x[batch])
         result.losses.append(step.loss)
         elapsed = time.perf_counter() - start
         if callback is not None and callback(result.steps, step.loss, elapsed) is False:
@@ -209,10 +211,28 @@ class _Objective:
                 for name, kept in mask.items():
                     module.get_parameter(name).mul_(kept)
 
-    def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel:
-        """Give the quadratic model at the module's parameters."""
-        columns = jacobian(self.module, self.x[examples], mask=self.mask)
-        return QuadraticModel(columns, self.y[examples], self.loss, generator)
+    def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel | None:
+        """Give the quadratic model at the module's parameters; None where there is nothing."""
+        x, y = self.x[examples], self.y[examples]
+        some: slice | Tensor = slice(None)
+        if len(x) > CURVATURE:
+            some = torch.randperm(len(x), generator=generator)[:CURVATURE]
+        columns = jacobian(self.module, x[some], mask=self.mask)
+        if 0 in columns.shape:
+            return None
+        f = columns.outputs.double()
+        root = self.loss.root(f, self.loss.check(y[some], columns.outputs))
+        with torch.inference_mode(False), torch.enable_grad():
+            outputs = self.module(x).reshape(len(x), -1)
+            f = outputs.detach().double()
+            targets = self.loss.check(y, f)
+            pull = (self.loss.gradient(f, targets) / len(x)).to(outputs.dtype)
+            slopes = torch.autograd.grad(
+                outputs, list(self.parameters.values()), pull, materialize_grads=True
+            )
+        gradient = dict(zip(self.parameters, slopes, strict=True))
+        value = float(self.loss.value(f, targets).mean())
+        return QuadraticModel(columns, root, gradient, value, generator)
 
     @torch.no_grad()
     def mean(self, weights: Mapping[str, Tensor], examples: slice | Tensor) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from jacpot.ops.jacobian import row_norms
 from jacpot.tangent.factored import Jacobian
-from jacpot.tangent.losses import Loss
 from jacpot.tangent.newton import newton_direction
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator
 from jacpot.tangent.preconditioners import Auto, Kronecker
@@ -18,53 +17,53 @@ __all__ = ["QuadraticModel"]
 
 DIRECT_SIZE = 2000  # systems of this size are factored exactly, in tens of milliseconds
 DIRECT_TOL = 0.01
-DEPENDENT = 1e-6  # share of a direction outside the subspace that is rounding
 SAMPLE = 500  # examples that the Kronecker factors are made of; they only precondition
+DEPENDENT = 1e-6  # share of a direction outside the subspace that is rounding
 
 
 class QuadraticModel:
     """``m(d) = ⟨g, d⟩ + ½ dᵀ B d`` with the generalised Gauss-Newton matrix ``B = Jᵀ H J / N``.
 
-    H holds the Hessians of the loss by the outputs (Schraudolph 2002). The directions that
-    `widen` adds are kept with their images under J, so that minimising m over their span costs
-    no product with J, whatever the damping.
+    H holds the Hessians of the loss by the outputs (Schraudolph 2002). The gradient may be that of
+    more examples than B (Byrd, Chin, Neveitt & Nocedal 2011). The directions that `widen` adds are
+    kept with their images under J, so that minimising m over their span costs no product with J,
+    whatever the damping.
 
     Parameters
     ----------
     columns
         J (N·K, P) at the present weights.
-    y
-        Targets, as the loss wants them.
-    loss
-        See `jacpot.tangent.losses`.
+    root
+        S (N, K, K), a root of each example's H.
+    gradient
+        g by parameter name.
+    value
+        The loss at the present weights.
     generator
         Chooses the examples that the preconditioner is made of.
 
     Attributes
     ----------
-    value : float
-        Mean loss at the present weights.
     gradient : Tensor
-        g (P,) in float64, in the order of the blocks of J.
+        g (P,) in float64, in the order of the blocks of J, as all directions are.
     """
 
     def __init__(
-        self, columns: Jacobian, y: Tensor, loss: Loss, generator: torch.Generator
+        self,
+        columns: Jacobian,
+        root: Tensor,
+        gradient: Mapping[str, Tensor],
+        value: float,
+        generator: torch.Generator,
     ) -> None:
-        self._columns, self.n = columns, columns.n_examples
+        self._columns, self.n, self.root, self.value = columns, columns.n_examples, root, value
         self.operator = JacobianOperator(columns.blocks, self.n, columns.n_outputs)
-        outputs, targets = columns.outputs.double(), loss.check(y, columns.outputs)
-        self.value = float(loss.value(outputs, targets).mean())
-        self.root = loss.root(outputs, targets)
-        self.gradient = self._pull(loss.gradient(outputs, targets))
+        self.gradient = torch.cat(columns.to_blocks(columns.flatten(gradient))).double()
         self._directions = self.gradient.new_empty(len(self.gradient), 0)  # orthonormal
-        self._images = outputs.new_empty(self.operator.shape[0], 0)  # of Sᵀ J, with H = S Sᵀ
-        sample = torch.randperm(self.n, generator=generator)[:SAMPLE].to(outputs.device)
+        self._images = root.new_empty(self.operator.shape[0], 0)  # of Sᵀ J, with H = S Sᵀ
+        sample = torch.randperm(self.n, generator=generator)[:SAMPLE].to(root.device)
         part = JacobianOperator(self.operator.at(sample), len(sample), columns.n_outputs)
-        self._sample = part.mixed(self.root[sample])
-
-    def _pull(self, u: Tensor) -> Tensor:
-        return (self.operator.T @ u.reshape(-1)).double() / self.n
+        self._sample = part.mixed(root[sample])
 
     def by_name(self, direction: Tensor) -> dict[str, Tensor]:
         """Give a direction (P,) by parameter name, in J's dtype."""
@@ -116,7 +115,8 @@ class QuadraticModel:
         """``-g - (B + damping·I) d`` at that d: one product with Jᵀ."""
         weights, _ = self._weigh(damping)
         images = (self._images @ weights).reshape(self.n, -1)
-        curved = self._pull(torch.einsum("nkl,nl->nk", self.root, images))
+        mixed = torch.einsum("nkl,nl->nk", self.root, images).reshape(-1)
+        curved = (self.operator.T @ mixed).double() / self.n
         return -self.gradient - curved - damping * (self._directions @ weights)
 
     def _weigh(self, damping: float) -> tuple[Tensor, float]:
