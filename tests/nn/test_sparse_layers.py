@@ -145,6 +145,32 @@ def test_sparsify_keeps_outputs_and_trains_as_the_masked_network():
     assert moments.shape == (int(masks["5.weight"].sum()),)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
+@pytest.mark.parametrize("density", [0.15, 0.95])  # of which the second takes dense products
+def test_linearization_is_that_of_the_masked_network(density):
+    dense = network().double()
+    masks = masks_of(dense, density)
+    sparse = sparsify(dense, masks)
+    apply_masks(dense, masks)
+    x = torch.randn(20, 3, 8, 8, dtype=torch.float64)
+    step = {name: torch.randn_like(p) for name, p in dense.named_parameters()}
+    kept = {
+        (name[:-6] + "values" if name in masks else name): (
+            value[masks[name]] if name in masks else value
+        )
+        for name, value in step.items()
+    }
+
+    def tangent(module, step):
+        start = {name: p.detach() for name, p in module.named_parameters()}
+        return torch.func.jvp(
+            lambda p: torch.func.functional_call(module, p, (x,)), (start,), (step,)
+        )[1]
+
+    masked = {name: value * masks.get(name, 1) for name, value in step.items()}
+    torch.testing.assert_close(tangent(sparse, kept), tangent(dense, masked))
+
+
 def test_sparsify_takes_the_masks_of_masked_layers_and_leaves_the_rest():
     dense = network()
     masks = masks_of(dense)

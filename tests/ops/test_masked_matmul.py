@@ -207,6 +207,42 @@ def test_forward_mode(relu, any_device):
     assert torch.autograd.gradcheck(f, tuple(arguments), check_forward_ad=True)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
+@pytest.mark.parametrize("method", ["sparse", "dense"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_transforms_compose(method, relu, any_device):
+    pattern, *arguments = small_problem(any_device)
+    arguments = tuple(a.detach() for a in arguments)
+    kept = pattern.mask().nonzero(as_tuple=True)
+
+    def f(x, values, bias):
+        return jacpot.masked_matmul(x, values, pattern, bias, relu=relu, method=method)
+
+    def plain(x, values, bias):
+        weight = values.new_zeros(pattern.shape).index_put(kept, values)
+        y = torch.nn.functional.linear(x, weight, bias)
+        return torch.relu(y) if relu else y
+
+    which = (0, 1, 2)
+    expected = torch.func.jacrev(plain, which)(*arguments)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(jacobian(f, which)(*arguments), expected)
+    vectorized = torch.autograd.functional.jacobian(f, arguments, vectorize=True)
+    torch.testing.assert_close(vectorized, expected)
+
+    def cubed(f):
+        return lambda *a: f(*a).pow(3).sum()
+
+    expected = torch.func.hessian(cubed(plain), which)(*arguments)
+    modes = torch.func.jacfwd, torch.func.jacrev
+    for outer in modes:
+        for inner in modes:
+            hessian = outer(inner(cubed(f), which), which)(*arguments)
+            torch.testing.assert_close(hessian, expected)
+    vectorized = torch.autograd.functional.hessian(cubed(f), arguments, vectorize=True)
+    torch.testing.assert_close(vectorized, expected)
+
+
 def test_vmap(any_device):
     pattern, *arguments = small_problem(any_device)
     x, values, bias = (a.detach() for a in arguments)

@@ -103,6 +103,28 @@ def test_is_immutable_and_travels():
     assert pattern != jacpot.Pattern(~pattern.mask())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
+def test_compress_and_expand_are_their_own_tangents():
+    mask = torch.rand(6, 4) < 0.5
+    pattern = jacpot.Pattern(mask)
+    weight, values = torch.randn(6, 4).double(), torch.randn(pattern.nnz).double()
+    for f, x in ((pattern.compress, weight), (pattern.expand, values)):
+        tangent = torch.randn_like(x)
+        assert torch.equal(torch.func.jvp(f, (x,), (tangent,))[1], f(tangent))
+        jacobian = torch.func.jacrev(f)(x)
+        assert torch.equal(torch.func.jacfwd(f)(x), jacobian)
+        assert torch.equal(jacobian.flatten(f(x).dim()) @ x.flatten(), f(x))
+        expected = torch.stack([f(x), f(2 * x)])
+        assert torch.equal(torch.vmap(f)(torch.stack([x, 2 * x])), expected)
+        assert torch.autograd.gradcheck(f, (x.requires_grad_(),), check_forward_ad=True)
+        twice = torch.func.hessian(lambda x, f=f: f(x).pow(3).sum())(x.detach())
+        assert torch.equal(
+            twice,
+            torch.func.jacfwd(torch.func.jacfwd(lambda x, f=f: f(x).pow(3).sum()))(x.detach()),
+        )
+        assert twice.any()
+
+
 def test_refusals():
     with pytest.raises(TypeError, match="'mask' must be bool, got float32"):
         jacpot.Pattern(torch.ones(2, 2))

@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["Bilinear", "vmap_by_one"]
+__all__ = ["Bilinear", "is_forward_mode", "is_transformed", "vmap_by_one"]
+
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def is_transformed() -> bool:
     """Whether `torch.func` is at work, which takes functions but not operators all the way."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may carry tangents, which operators drop."""
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
 def needs_operators(x: Tensor) -> bool:
@@ -30,6 +38,8 @@ def needs_operators(x: Tensor) -> bool:
         or x.device.type != "cpu"
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        # Autograd pulls many gradients back at once (``is_grads_batched``).
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
     )
 
 
@@ -120,7 +130,7 @@ class Bilinear:
 
     def gradients(self, dy: Tensor, *args: Any) -> Any:
         """Call the backward operator by the shortest way that keeps listeners informed."""
-        if is_transformed():
+        if is_transformed() or is_forward_mode():
             return self.gradients_transformed.apply(dy, *args)
         if torch.is_grad_enabled() or needs_operators(dy):
             return self.run_backward(dy, *args)
@@ -140,29 +150,51 @@ class Bilinear:
         settings = dy.shape[1], False, *(ctx.geometry or (self.plain,))
         d_dy = d_x = d_values = None
         if need_dy and has_gx:
-            d_dy = self.run(gx, values, None, pattern, *settings)
+            d_dy = self(gx, values, None, pattern, *settings)
         if need_dy and has_gv:
-            other = self.run(x, gv, None, pattern, *settings)
+            other = self(x, gv, None, pattern, *settings)
             d_dy = other if d_dy is None else d_dy + other
         if need_x and has_gv:
-            d_x, _ = self.run_backward(dy, x, gv, pattern, True, False, *ctx.geometry)
+            d_x, _ = self.gradients(dy, x, gv, pattern, True, False, *ctx.geometry)
         if need_values and has_gx:
-            _, d_values = self.run_backward(dy, gx, values, pattern, False, True, *ctx.geometry)
+            _, d_values = self.gradients(dy, gx, values, pattern, False, True, *ctx.geometry)
         return d_dy, d_x, d_values, *(None,) * (3 + len(ctx.geometry))
 
     def push(self, ctx: Any, dx: Any, d_values: Any, d_bias: Any) -> Tensor:
         """Push tangents, any of which may be None, forward."""
         x, values, pattern, positive = ctx.saved_tensors
         terms = [
-            self.run(a, v, None, pattern, ctx.out, False, ctx.setting)
+            self(a, v, None, pattern, ctx.out, False, ctx.setting)
             for a, v in ((dx, values), (x, d_values))
             if a is not None and v is not None
         ]
-        if d_bias is not None:
-            dims = len(ctx.shape) - 2
-            terms.append(d_bias.reshape(-1, *(1,) * dims).expand(ctx.shape))
-        total: Tensor = sum(terms[1:], terms[0])
-        return total if positive is None else total * (positive > 0)
+        # PyTorch turns forward mode off in here, for outer levels too; the terms, by functions,
+        # have their tangents there, and none here.
+        with forward_ad._set_fwd_grad_enabled(True):
+            if d_bias is not None:
+                dims = len(ctx.shape) - 2
+                terms.append(d_bias.reshape(-1, *(1,) * dims).expand(ctx.shape))
+            total: Tensor = sum(terms[1:], terms[0])
+            return total if positive is None else total * (positive > 0)
+
+    def push_gradients(self, ctx: Any, d_dy: Any, dx: Any, d_values: Any) -> tuple[Tensor, ...]:
+        """Push tangents, any of which may be None, forward through the backward operator."""
+        dy, x, values, pattern = ctx.saved_tensors
+        want_x, want_values = ctx.wanted
+        totals = [torch.zeros_like(x) if want_x else x.new_empty(0)]
+        totals.append(torch.zeros_like(values) if want_values else values.new_empty(0))
+        for signal, other_x, other_values in ((d_dy, x, values), (dy, dx, d_values)):
+            wanted = want_x and other_values is not None, want_values and other_x is not None
+            if signal is None or not any(wanted):
+                continue
+            other_x = x if other_x is None else other_x
+            other_values = values if other_values is None else other_values
+            terms = self.gradients(signal, other_x, other_values, pattern, *wanted, *ctx.geometry)
+            with forward_ad._set_fwd_grad_enabled(True):  # as in `push`
+                for i, term in enumerate(terms):
+                    if wanted[i]:
+                        totals[i] = totals[i] + term
+        return tuple(totals)
 
     def vmap(self, info: Any, in_dims: Any, x: Tensor, *args: Any) -> Any:
         """Batch the forward operator: where only x is batched, as more examples."""
@@ -184,8 +216,7 @@ class Bilinear:
     ) -> Tensor:
         """Call the operator by the shortest way that keeps what is at work around it informed."""
         arguments = (x, values, bias, block, out, relu, setting)
-        forward_mode = torch.autograd.forward_ad._current_level >= 0
-        if is_transformed() or (forward_mode and not torch.compiler.is_compiling()):
+        if is_transformed() or is_forward_mode():
             return self.transformed.apply(*arguments)  # type: ignore[no-any-return]
         if needs_operators(x):
             return self.run(*arguments)  # type: ignore[no-any-return]
@@ -237,7 +268,7 @@ def _functions(self: Bilinear) -> tuple[Any, Any, Any]:
             return self.push(ctx, *tangents[:3])
 
     class GradientsTransformed(torch.autograd.Function):
-        """The backward operator under `torch.func`."""
+        """The backward operator under `torch.func` and forward mode."""
 
         generate_vmap_rule = True
 
@@ -249,9 +280,14 @@ def _functions(self: Bilinear) -> tuple[Any, Any, Any]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             self.save_gradients(ctx, inputs, output)
+            ctx.save_for_forward(*inputs[:4])
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             return self.differentiate_gradients(ctx, *gradients)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            return self.push_gradients(ctx, *tangents[:3])
 
     return Direct, Transformed, GradientsTransformed

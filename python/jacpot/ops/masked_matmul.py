@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacpot.ops import masked_matmul_operators as operators
 from jacpot.ops.arrays import as_tensor, like
-from jacpot.ops.masked_matmul_operators import multiply, ops
+from jacpot.ops.masked_matmul_operators import multiply
 from jacpot.ops.pattern import Pattern
 
 __all__ = [
@@ -23,8 +24,7 @@ __all__ = [
 
 def compress(weight: Tensor, pattern: Pattern) -> Tensor:
     """Gather the kept entries of ``weight (out, in)``: see :meth:`Pattern.compress`."""
-    result: Tensor = ops.compress(weight, pattern.block, pattern.nnz)
-    return result
+    return operators.compress(weight, pattern.block, pattern.nnz)
 
 
 def expand(values: Tensor, pattern: Pattern) -> Tensor:
@@ -182,5 +182,4 @@ def _dense_product(
 
 def expand_block(values: Tensor, block: Tensor, shape: tuple[int, int]) -> Tensor:
     """Do what :func:`expand` does, with a pattern given by its block and shape."""
-    result: Tensor = ops.expand(values.contiguous(), block, shape[0], shape[1])
-    return result
+    return operators.expand(values, block, *shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor
 
 import jacpot.ops.masked_matmul_cuda  # noqa: F401 - registers the CUDA side of the operators
 from jacpot import _backend
-from jacpot.ops.bilinear import Bilinear, vmap_by_one
+from jacpot.ops.bilinear import Bilinear
+from jacpot.ops.linear import Linear
 
-__all__ = ["multiply", "ops"]
+__all__ = ["compress", "expand", "multiply"]
 
 # Untyped in PyTorch.
 _Library: Any = torch.library.Library
@@ -106,7 +106,7 @@ def _compress_cpu(weight: Tensor, pattern: Tensor, nnz: int) -> Tensor:
 
 def _expand_cpu(values: Tensor, pattern: Tensor, rows: int, columns: int) -> Tensor:
     weight = values.new_empty((rows, columns))
-    _backend.core.expand(pattern, values.detach(), weight, _backend.threads())
+    _backend.core.expand(pattern, values.detach().contiguous(), weight, _backend.threads())
     return weight
 
 
@@ -122,40 +122,7 @@ torch.library.register_fake(
     lambda values, pattern, rows, columns: values.new_empty((rows, columns)),
     lib=_library,
 )
-ops: Any = torch.ops.jacpot
 # How the result lies in memory is free to choose: gradients take rows.
 multiply = Bilinear(_library, "masked_matmul", _forward_cpu, _backward_cpu, plain=False)
-
-
-def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, pattern, _ = inputs
-    ctx.save_for_backward(pattern)
-    ctx.shape = weight.shape
-
-
-def _compress_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (pattern,) = ctx.saved_tensors
-    return ops.expand(gradient.contiguous(), pattern, *ctx.shape), None, None
-
-
-def _save_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, pattern, _, _ = inputs
-    ctx.save_for_backward(pattern)
-    ctx.nnz = values.shape[0]
-
-
-def _expand_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (pattern,) = ctx.saved_tensors
-    return ops.compress(gradient, pattern, ctx.nnz), None, None, None
-
-
-for _name, _gradient, _save in (
-    ("compress", _compress_gradient, _save_compress),
-    ("expand", _expand_gradient, _save_expand),
-):
-    torch.library.register_autograd(
-        f"jacpot::{_name}", _gradient, setup_context=_save, lib=_library
-    )
-    torch.library.register_vmap(
-        f"jacpot::{_name}", partial(vmap_by_one, getattr(ops, _name)), lib=_library
-    )
+compress, expand = Linear(_library, "compress"), Linear(_library, "expand")
+compress.transpose, expand.transpose = expand, compress
