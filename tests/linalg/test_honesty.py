@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import jacpot
-from jacpot.linalg import Status
+from jacpot.linalg import FunctionOperator, Status
 
 N = 24
 TOL = 1e-8
@@ -137,6 +137,8 @@ def test_least_squares_of_any_shape(rows, rank, damping, dtype):
     a, b = torch.from_numpy(a).to(dtype), torch.from_numpy(b).to(dtype)
     solution = jacpot.solve(a, b, damping=damping, tol=TOL, max_iter=2000)
     exact_a, exact_b, x = a.double().numpy(), b.double().numpy(), solution.x.numpy()
+    if rows == N:  # a square one is (A + damping·I) x = b
+        exact_a, damping = exact_a + damping * numpy.eye(N), 0.0
     r = exact_b - exact_a @ x
     gradient = numpy.linalg.norm(exact_a.T @ r - damping * x)
     total = numpy.hypot(numpy.linalg.norm(r), damping**0.5 * numpy.linalg.norm(x))
@@ -157,3 +159,100 @@ def test_dependent_right_hand_sides_agree_with_each_other():
         x = jacpot.solve(a, b, method=method, tol=1e-12).raise_if_failed().x
         torch.testing.assert_close(x[:, 1], 2 * x[:, 0], rtol=1e-6, atol=1e-8)
         assert not x[:, 2].any()
+
+
+METHODS = ("auto", "cg", "block_cg", "minres", "lsmr", "cholesky")
+EXTREMES = (1e-300, 1e-170, 1e-155, 1e-100, 1e100, 1e155, 1e160, 1e300)
+
+
+def right_hand_sides_of_size(n):
+    return numpy.random.default_rng(2).standard_normal(n)
+
+
+def norm_of(v):
+    """Euclidean, without over- and underflow of squares."""
+    largest = numpy.abs(v).max(initial=0.0)
+    return largest * numpy.linalg.norm(v / largest) if 0 < largest < numpy.inf else largest
+
+
+@pytest.mark.parametrize("scale", EXTREMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["array", "function"])
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_scales_whose_squares_over_or_underflow(scale, method, kind, damping):
+    a, b = MATRICES["condition 1e2"] * scale, right_hand_sides_of_size(N)
+    tensor = torch.from_numpy(a)
+    operator = tensor
+    if kind == "function":
+        if method == "cholesky":
+            pytest.skip("needs an array")
+        operator = FunctionOperator((N, N), lambda x: tensor @ x)
+    solution = jacpot.solve(
+        operator, torch.from_numpy(b), damping=damping * scale, method=method, tol=TOL
+    )
+    assert solution.converged, str(solution)
+    x = solution.x.numpy()
+    residual = b - a @ x - damping * scale * x
+    assert norm_of(residual) <= TOL * norm_of(b) * (1 + 1e-6)
+    assert solution.relative_residual <= TOL
+
+
+@pytest.mark.parametrize(
+    ("scale", "damping"),
+    [*((s, 0.0) for s in EXTREMES), (1e-140, 1.0), (1e-100, 1.0), (1e140, 1.0)],
+)
+def test_least_squares_of_extreme_scale(scale, damping):
+    rng = numpy.random.default_rng(3)
+    a, b = rng.standard_normal((N, 5)), rng.standard_normal(N)
+    if damping:
+        damping = scale**2
+    solution = jacpot.solve(
+        torch.from_numpy(a * scale), torch.from_numpy(b), damping=damping, tol=1e-12
+    )
+    assert solution.converged, str(solution)
+    expected = numpy.linalg.solve(a.T @ a + bool(damping) * numpy.eye(5), a.T @ b)
+    numpy.testing.assert_allclose(solution.x.numpy() * scale, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("preconditioner", ["diagonal", "nystrom", "partial_cholesky", "inverse"])
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+def test_preconditioners_at_extreme_scales(preconditioner, scale):
+    a = torch.from_numpy(MATRICES["condition 1e4"])
+    inverse = torch.linalg.inv(a + 1e-3 * torch.eye(N)) / scale
+    b = torch.from_numpy(right_hand_sides_of_size(N))
+    solution = jacpot.solve(
+        a * scale, b, 1e-3 * scale, method="cg", tol=TOL,
+        preconditioner=(lambda v: inverse @ v) if preconditioner == "inverse" else preconditioner,
+    )  # fmt: skip
+    assert solution.converged, str(solution)
+    if preconditioner == "inverse":
+        assert solution.iterations <= 3
+
+
+@pytest.mark.parametrize("method", ["cg", "block_cg"])
+def test_a_preconditioner_that_is_not_finite(method):
+    a, b = torch.from_numpy(MATRICES["condition 1e2"]), torch.ones(N, 2, dtype=torch.float64)
+    solution = jacpot.solve(a, b, method=method, preconditioner=lambda v: v * numpy.nan)
+    assert solution.status is Status.non_finite
+    assert not solution.relative_residual < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_solution_of_a_zero_right_hand_side_is_zero(method):
+    a, guess = torch.from_numpy(MATRICES["condition 1e2"]), torch.ones(N, 2, dtype=torch.float64)
+    b = torch.zeros(N, 2, dtype=torch.float64)
+    solution = jacpot.solve(a, b, method=method, x0=guess)
+    assert solution.converged
+    assert not solution.x.any()
+    assert solution.relative_residual == 0
+    b[:, 1] = 1
+    solution = jacpot.solve(a, b, method=method, x0=guess)
+    assert solution.converged
+    assert not solution.x[:, 0].any()
+
+
+@pytest.mark.parametrize(("size", "of_b"), [(1e-200, 1e200), (1e200, 1e-200)])
+def test_a_solution_beyond_float64_is_not_called_one(size, of_b):
+    a, b = torch.eye(3, dtype=torch.float64) * size, torch.full((3,), of_b, dtype=torch.float64)
+    solution = jacpot.solve(a, b, method="cg")
+    assert not solution.converged, str(solution)

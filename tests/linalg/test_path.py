@@ -70,3 +70,24 @@ def test_dampings_must_be_positive(dampings):
     with pytest.raises(ValueError, match="dampings"):
         solve_path(torch.eye(2), torch.ones(2), dampings)
     assert solve_path(torch.eye(2), torch.ones(2), []) == []
+
+
+def test_matrices_that_are_not_symmetric():
+    a, b = torch.randn(20, 20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    for damping, solution in zip([0.5, 2.0], solve_path(a, b, [0.5, 2.0], tol=1e-9), strict=True):
+        assert solution.converged
+        assert (b - a @ solution.x - damping * solution.x).norm() <= 1.01e-9 * b.norm()
+
+
+@pytest.mark.parametrize(
+    ("operator", "rhs", "words"),
+    [
+        (torch.ones(3, 2), torch.ones(3), "'operator' must be a square matrix, got shape"),
+        (torch.eye(3), torch.ones(4), "'rhs' must have shape"),
+        (torch.eye(3), torch.ones(3, 1, 1), "'rhs' must have shape"),
+        (torch.eye(3), torch.tensor([1.0, torch.nan, 1.0]), "'rhs' must be finite"),
+    ],
+)
+def test_refusals(operator, rhs, words):
+    with pytest.raises(ValueError, match=words):
+        solve_path(operator, rhs, [1.0])

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jacpot
-from jacpot.linalg import FunctionOperator, Interrupted, LinearOperator, SolverError, Status
+from jacpot.linalg import (
+    DenseOperator,
+    FunctionOperator,
+    Interrupted,
+    LinearOperator,
+    SolverError,
+    Status,
+)
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -56,14 +63,46 @@ def test_converged_means_that_the_float64_residual_is_small(
 
 
 @pytest.mark.parametrize("method", ["cg", "block_cg", "minres", "lsmr", "cholesky"])
-def test_damping_is_added_to_square_systems_and_to_the_normal_equations(method):
+def test_damping_is_added_to_square_systems(method):
     a, b = spd(30, 1e3, torch.float64), right(30, 2, torch.float64)
     solution = jacpot.solve(a, b, damping=0.5, method=method, tol=1e-12)
-    if method != "lsmr":
-        expected = torch.linalg.solve(a + 0.5 * torch.eye(30), b)
-    else:
-        expected = torch.linalg.solve(a.T @ a + 0.5 * torch.eye(30), a.T @ b)
+    expected = torch.linalg.solve(a + 0.5 * torch.eye(30), b)
     torch.testing.assert_close(solution.x, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["auto", "lsmr"])
+@pytest.mark.parametrize("kind", ["array", "operator", "sparse"])
+def test_damping_is_added_to_square_systems_that_are_not_symmetric(dtype, method, kind):
+    a, b = right(30, 30, dtype, 4), right(30, 2, dtype)
+    read = {
+        "array": lambda: a,
+        "operator": lambda: FunctionOperator(
+            (30, 30), lambda x: a @ x, lambda x: a.T @ x, dtype, lambda: DenseOperator(a.double())
+        ),
+        "sparse": a.to_sparse,
+    }[kind]
+    if kind != "array":
+        method = "lsmr"
+    solution = jacpot.solve(read(), b, damping=2.0, method=method, tol=1e-9).raise_if_failed()
+    assert relative_residual(a, b, solution.x, 2.0) <= 1.01e-9
+    assert solution.relative_residual <= 1e-9
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_takes_sparse_tensors(layout, dtype):
+    a, b = spd(20, 100, dtype), right(20, 2, dtype)
+    solution = jacpot.solve(a.to_sparse(layout=layout), b, tol=1e-9).raise_if_failed()
+    torch.testing.assert_close(solution.x, torch.linalg.solve(a.double(), b.double()))
+    tall = right(20, 5, dtype, 2)
+    found = jacpot.solve(tall.to_sparse(layout=layout), b, tol=1e-10).raise_if_failed()
+    torch.testing.assert_close(found.x, torch.linalg.lstsq(tall.double(), b.double()).solution)
+    with pytest.raises(TypeError, match="'rhs' must be a dense tensor"):
+        jacpot.solve(a, b.to_sparse(layout=layout))
+    with pytest.raises(TypeError, match="'operator' must be float32"):
+        jacpot.solve((a > 0).long().to_sparse(layout=layout), b)
 
 
 @settings(deadline=None, max_examples=20)
@@ -226,6 +265,10 @@ def test_errors_of_the_function_come_through():
         ({"damping": -1.0}, ValueError, "damping"),
         ({"tol": 0.0}, ValueError, "tol"),
         ({"max_iter": -1}, ValueError, "max_iter"),
+        ({"max_iter": 1.5}, TypeError, "max_iter"),
+        ({"tol": "small"}, TypeError, "tol"),
+        ({"damping": None}, TypeError, "damping"),
+        ({"damping": [0.1, 0.2]}, TypeError, "damping"),
         ({"method": "gauss"}, ValueError, "method"),
         ({"operator": torch.ones(3, 4), "method": "cg"}, ValueError, "square"),
         ({"x0": torch.ones(4)}, ValueError, "x0"),

@@ -36,6 +36,9 @@ class LinearOperator:
     replayable : bool
         Whether a product is the same work on a GPU each time, and reads nothing on the host: then
         solvers may record it into a CUDA graph.
+    least_squares : bool
+        Whether it stands for a least-squares problem even if it is square: then `jacpot.solve`
+        adds damping to the normal equations.
     """
 
     shape: tuple[int, int]
@@ -43,6 +46,7 @@ class LinearOperator:
     device: torch.device = torch.device("cpu")
     column_group: int = 1
     replayable: bool = False
+    least_squares: bool = False
 
     def _matmat(self, x: Tensor) -> Tensor:
         """Multiply ``x`` (columns, R) of this operator's dtype; returns (rows, R)."""
@@ -201,6 +205,25 @@ class FunctionOperator(LinearOperator):
         Makes the same operator with products in float64; None when there is no better one.
     device
         Of the tensors that the functions take and return.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another dtype, or a shape that is not square without ``rmatmat``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.linalg import FunctionOperator
+    >>> difference = FunctionOperator(
+    ...     (2, 3), lambda x: x[1:] - x[:-1],
+    ...     lambda u: torch.nn.functional.pad(-u, (0, 0, 0, 1))
+    ...     + torch.nn.functional.pad(u, (0, 0, 1, 0)),
+    ... )
+    >>> difference @ torch.tensor([1.0, 2.0, 4.0])
+    tensor([1., 2.], dtype=torch.float64)
+    >>> difference.T @ torch.tensor([1.0, 2.0])
+    tensor([-1., -1.,  2.], dtype=torch.float64)
     """
 
     def __init__(
@@ -245,15 +268,40 @@ def as_operator(operator: Any, rhs: Any) -> LinearOperator:
     Parameters
     ----------
     operator
-        A `LinearOperator`; a 2-dimensional array; an object with ``shape`` and ``@`` (SciPy sparse
+        A `LinearOperator`, or what has a method ``to_operator`` that gives one, like a `Jacobian`;
+        a 2-dimensional array; a sparse tensor; an object with ``shape`` and ``@`` (SciPy sparse
         matrices and operators, CuPy's, ``linear_operator``'s); or a function of a vector, symmetric
         and of the size of ``rhs``, that takes and returns what ``rhs`` is (tensor, NumPy or CuPy
         array).
     rhs
-        The right-hand side.
+        The right-hand side, for its kind, dtype, size and device.
+
+    Returns
+    -------
+    LinearOperator
+
+    Raises
+    ------
+    TypeError
+        For what is none of these, or is not float32 or float64.
+    ValueError
+        For an array that does not have 2 dimensions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.linalg import as_operator
+    >>> twice = as_operator(lambda v: 2 * v, torch.ones(3))
+    >>> twice.shape, twice @ torch.ones(3)
+    ((3, 3), tensor([2., 2., 2.]))
     """
     if isinstance(operator, LinearOperator):
         return operator
+    if hasattr(operator, "to_operator"):
+        read: LinearOperator = operator.to_operator()
+        return read
+    if isinstance(operator, Tensor) and operator.layout != torch.strided:
+        return _from_sparse(operator.detach())
     if isinstance(operator, (Tensor, numpy.ndarray)) or is_cupy(operator):
         return DenseOperator(operator)
     tensor = as_tensor(rhs)
@@ -266,6 +314,24 @@ def as_operator(operator: Any, rhs: Any) -> LinearOperator:
     raise TypeError(
         "argument 'operator' must be a LinearOperator, a 2-dimensional array, an object with "
         f"'shape' and '@', or a function, got {type(operator).__name__}"
+    )
+
+
+def _from_sparse(matrix: Tensor) -> LinearOperator:
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"argument 'operator' must have 2 dimensions, got shape {tuple(matrix.shape)}"
+        )
+    if matrix.dtype not in _FLOATS:
+        raise TypeError(f"argument 'operator' must be float32 or float64, got {matrix.dtype}")
+    transposed = matrix.transpose(0, 1)
+    return FunctionOperator(
+        (matrix.shape[0], matrix.shape[1]),
+        lambda x: matrix @ x,
+        lambda x: transposed @ x,
+        matrix.dtype,
+        lambda: _from_sparse(matrix.double()),
+        matrix.device,
     )
 
 
@@ -315,6 +381,8 @@ def _as_tensor(array: Any, name: str) -> Tensor:
         )
     if array.dtype not in _FLOATS:
         raise TypeError(f"argument {name!r} must be float32 or float64, got {array.dtype}")
+    if array.layout != torch.strided:
+        raise TypeError(f"argument {name!r} must be a dense tensor, got layout {array.layout}")
     if array.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"argument {name!r} must be on the CPU or a CUDA device, got {array.device}"

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacpot.linalg.arguments import check_limits, check_number
 from jacpot.linalg.lanczos import solve_shifted
 from jacpot.linalg.operator import DenseOperator, _as_tensor, as_operator, power_of_two
 from jacpot.linalg.preconditioners.cholesky import Cholesky
 from jacpot.linalg.solution import Solution, Status
-from jacpot.linalg.solve import solve
+from jacpot.linalg.solve import is_symmetric, solve
+from jacpot.linalg.system import shifted
 from jacpot.ops.arrays import like
 
 __all__ = ["solve_path"]
@@ -38,7 +40,8 @@ def solve_path(
     Parameters
     ----------
     operator
-        As in :func:`jacpot.solve`, symmetric positive semidefinite.
+        As in :func:`jacpot.solve`, square; the short cut is for symmetric positive semidefinite
+        arrays.
     rhs
         (m,) or (m, R).
     dampings
@@ -65,14 +68,22 @@ def solve_path(
     >>> [solution.x for solution in solve_path(A, torch.ones(2), [1.0, 5.0])]
     [tensor([0.5000, 0.2500], dtype=torch.float64), tensor([0.1667, 0.1250], dtype=torch.float64)]
     """
-    values = [float(damping) for damping in dampings]
-    if not all(0 < value < math.inf for value in values):
-        raise ValueError("argument 'dampings' must hold finite values above 0")
+    values = [check_number("dampings", damping, zero=False) for damping in dampings]
+    check_limits(tol, None)
     b = _as_tensor(rhs, "rhs")
     a = as_operator(operator, rhs)
+    if not shifted(a):
+        got = f"shape {a.shape}" if a.shape[0] != a.shape[1] else "a Jacobian"
+        raise ValueError(f"argument 'operator' must be a square matrix, got {got}")
+    if b.ndim not in (1, 2) or b.shape[0] != a.shape[0]:
+        raise ValueError(
+            f"argument 'rhs' must have shape ({a.shape[0]},) or ({a.shape[0]}, R), "
+            f"got {tuple(b.shape)}"
+        )
     if not values:
         return []
-    if not isinstance(a, DenseOperator) or 0 in b.shape or not bool(torch.isfinite(b).all()):
+    plain = isinstance(a, DenseOperator) and b.numel() and bool(torch.isfinite(b).all())
+    if not (plain and isinstance(a, DenseOperator) and is_symmetric(a.matrix)):
         return _one_by_one(a, rhs, values, tol)
     start = time.perf_counter()
     columns = b.double() if b.ndim == 2 else b.double()[:, None]

@@ -36,7 +36,8 @@ _MESSAGES = {
     "inconsistent": "breakdown: the operator is singular and the right-hand side is not in its "
     "range; use method='lsmr' for the least-squares solution, or damping",
     "preconditioner": "breakdown: the preconditioner is not positive definite",
-    "non_finite": "a product with the operator is not finite",
+    "non_finite": "a product with the operator or the preconditioner, or the solution, is not "
+    "finite",
     "interrupted": "interrupted; x holds the iterate reached so far",
 }
 

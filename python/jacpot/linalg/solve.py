@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from jacpot import _backend
 from jacpot._backend import core, threads
 from jacpot.linalg import cuda
+from jacpot.linalg.arguments import check_limits, check_number
 from jacpot.linalg.operator import (
     DenseOperator,
     LinearOperator,
@@ -30,6 +32,7 @@ from jacpot.linalg.preconditioners import (
     Prepared,
 )
 from jacpot.linalg.solution import Interrupted, Solution, Status
+from jacpot.linalg.system import EXTREME, AffineOperator, System, shifted
 from jacpot.ops.arrays import like
 
 __all__ = ["prepare", "solve"]
@@ -61,11 +64,13 @@ def solve(
 ) -> Solution:
     """Solve ``(A + damping·I) x = b``, or ``min ‖A x − b‖² + damping·‖x‖²`` when not square.
 
+    A Jacobian is always taken for least squares, also where it happens to be square.
+
     Parameters
     ----------
     operator
-        The matrix A (m, n): an array, a `LinearOperator`, an operator of SciPy or CuPy, or a
-        function ``v -> A v`` (see `jacpot.linalg.as_operator`).
+        The matrix A (m, n): an array, a sparse tensor, a `Jacobian` (N·K, P), a `LinearOperator`,
+        an operator of SciPy or CuPy, or a function ``v -> A v`` (see `jacpot.linalg.as_operator`).
     rhs
         b, (m,) or (m, R): a tensor, NumPy or CuPy array, float32 or float64. On a GPU the
         operator must be on the same one, and there is every method but ``"minres"``.
@@ -149,48 +154,110 @@ def solve(
             )
         if guess.device != b.device:
             raise ValueError(f"argument 'x0' must be on {b.device} like 'rhs', got {guess.device}")
-        x = guess.double().reshape(x.shape) / scale
-    setup = time.perf_counter()
-    if method == "cholesky":
-        preconditioner = Cholesky()
-    prepared = prepare(preconditioner, a, damping)
-    setup = time.perf_counter() - setup
-    columns = (columns / scale).contiguous()
-    x = x.contiguous()
-    result = _iterate(
-        "cg" if method == "cholesky" else method,
-        a,
-        columns,
-        x,
-        float(damping),
-        prepared.inverse,
-        float(tol),
-        min(10 * a.shape[1], 20_000) if max_iter is None else int(max_iter),
-        callback,
-    )
-    interrupted = "residual_norms" not in result  # by Ctrl-C, before the last recomputation
-    if interrupted:
-        result["residual_norms"] = _residual(a, columns, x, damping).norm(dim=0).tolist()
-    norms = torch.tensor(result["residual_norms"], dtype=torch.float64)
-    relative = torch.where(norms > 0, norms / columns.norm(dim=0).cpu(), 0.0)
+        # Of a zero right-hand side the solution is known.
+        x = torch.where(columns.any(dim=0), guess.double().reshape(x.shape) / scale, 0.0)
+    limit = min(10 * a.shape[1], 20_000) if max_iter is None else max_iter
+    options = (method, preconditioner, float(tol), limit, callback)
+    system = System(a, float(damping), method == "lsmr" and not shifted(a))
+    attempt = _attempt(system, 1.0, (columns / scale).contiguous(), x.clone(), *options)
+    if not attempt.interrupted and _is_extreme(attempt):
+        unit = system.unit()
+        if unit != 1:
+            attempt = _attempt(system, unit, attempt.columns, x * unit, *options)
+    out: Any = (attempt.x * scale / attempt.unit).reshape(a.shape[1], *b.shape[1:])
+    status, norms = attempt.judge(out.reshape(x.shape) / scale * attempt.unit, float(tol))
+    relative = torch.where(norms == 0, 0.0, norms / attempt.columns.norm(dim=0).cpu())
     worst = int(relative.argmax()) if len(relative) else None
-    out: Any = (x * scale).reshape(a.shape[1], *b.shape[1:])
     solution = Solution(
         x=like(out, rhs),
-        status=Status(result["outcome"]),
-        iterations=result["iterations"],
+        status=status,
+        iterations=attempt.result["iterations"],
         residual_norm=0.0 if worst is None else float(norms[worst] * scale[worst]),
         relative_residual=0.0 if worst is None else float(relative[worst]),
-        history=result["history"],
+        history=attempt.result["history"],
         method=method,
-        preconditioner=prepared.description,
+        preconditioner=attempt.description,
         seconds=time.perf_counter() - start,
-        setup_seconds=0.0 if preconditioner is None else setup,
-        details={"products": result.get("products", 0)},
+        setup_seconds=attempt.setup_seconds,
+        details={"products": attempt.result.get("products", 0)},
     )
-    if interrupted:
+    if attempt.interrupted:
         raise Interrupted(solution)
     return solution
+
+
+@dataclass
+class _Attempt:
+    """What a solver made of ``(A + damping·I) / unit · x = columns``."""
+
+    system: System
+    unit: float
+    columns: Tensor
+    x: Tensor
+    result: dict[str, Any]
+    description: str
+    setup_seconds: float
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was by Ctrl-C, before the last recomputation of the residual."""
+        return "residual_norms" not in self.result
+
+    def judge(self, x: Tensor, tol: float) -> tuple[Status, Tensor]:
+        """Give the status and the residuals' norms (R,) of x, which is this one's but for range."""
+        status = Status(self.result["outcome"])
+        if torch.equal(x, self.x) and not self.interrupted:
+            return status, torch.tensor(self.result["residual_norms"], dtype=torch.float64)
+        norms = self.system.residual_norms(self.columns, x).cpu()
+        if status is Status.converged:
+            reached = torch.tensor(self.result["residual_norms"], dtype=torch.float64)
+            if not bool(norms.isfinite().all()):
+                status = Status.non_finite
+            elif bool((norms > reached + tol * self.columns.norm(dim=0).cpu()).any()):
+                status = Status.stagnated
+        return status, norms
+
+
+def _attempt(
+    system: System,
+    unit: float,
+    columns: Tensor,
+    x: Tensor,
+    method: str,
+    preconditioner: Any,
+    tol: float,
+    limit: int,
+    callback: Callback | None,
+) -> _Attempt:
+    start = time.perf_counter()
+    scaled = system.over(unit)
+    if method == "cholesky":
+        preconditioner = Cholesky()
+    if unit == 1 or isinstance(preconditioner, (str, Preconditioner)):
+        prepared = prepare(preconditioner, scaled.a, scaled.damping)
+    else:
+        prepared = prepare(preconditioner, system.a, system.damping)
+        if prepared.inverse is not None:
+            inverse = AffineOperator(prepared.inverse, unit)
+            prepared = Prepared(inverse, prepared.description)
+    setup = 0.0 if preconditioner is None else time.perf_counter() - start
+    a, damping = scaled.a, scaled.damping
+    if method == "lsmr" and not scaled.stacked and damping:
+        a, damping = AffineOperator(a, shift=damping), 0.0
+    x = x.contiguous()
+    name = "cg" if method == "cholesky" else method
+    result = _iterate(name, a, columns, x, damping, prepared.inverse, tol, limit, callback)
+    return _Attempt(scaled, unit, columns, x, result, prepared.description, setup)
+
+
+def _is_extreme(attempt: _Attempt) -> bool:
+    """Tell whether the operator's squares may have left the range of float64.
+
+    With right-hand sides near one the solution is far from it then, or none was found.
+    """
+    size = attempt.x.abs().amax(dim=0) if len(attempt.x) else attempt.columns.new_ones(0)
+    usual = (size > 1 / EXTREME) & (size < EXTREME)
+    return not bool((usual | ~attempt.columns.any(dim=0)[: len(size)]).all())
 
 
 def _iterate(
@@ -230,32 +297,29 @@ def _check_arguments(
         raise ValueError(
             f"argument 'rhs' must have {a.shape[0]} rows like the operator, got {b.shape[0]}"
         )
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"argument 'damping' must be finite and at least 0, got {damping}")
-    if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"argument 'tol' must be finite and positive, got {tol}")
-    if max_iter is not None and max_iter < 0:
-        raise ValueError(f"argument 'max_iter' must be at least 0, got {max_iter}")
+    check_number("damping", damping)
+    check_limits(tol, max_iter)
 
 
 def _choose(method: str, a: LinearOperator, preconditioned: bool) -> str:
     square = a.shape[0] == a.shape[1]
     if method == "auto":
-        if not square:
+        if not square or a.least_squares:
             return "lsmr"
         if preconditioned or not isinstance(a, DenseOperator):
             return "cg"
-        if not _is_symmetric(a.matrix):
+        if not is_symmetric(a.matrix):
             return "lsmr"
         return "cholesky" if a.shape[0] <= CHOLESKY_SIZE else "cg"
     if method not in METHODS:
         raise ValueError(f"argument 'method' must be one of {METHODS}, got {method!r}")
-    if method != "lsmr" and not square:
-        raise ValueError(f"method {method!r} needs a square operator, got shape {a.shape}")
+    if method != "lsmr" and (not square or a.least_squares):
+        got = f"shape {a.shape}" if not square else "a Jacobian"
+        raise ValueError(f"method {method!r} needs a square operator, got {got}; use 'lsmr'")
     return method
 
 
-def _is_symmetric(matrix: Tensor) -> bool:
+def is_symmetric(matrix: Tensor) -> bool:
     """Tell whether a matrix is symmetric up to the rounding of its making."""
     if matrix.numel() == 0:
         return True
@@ -270,11 +334,6 @@ def _is_symmetric(matrix: Tensor) -> bool:
             if float((upper - lower.T).abs_().max()) > bound:
                 return False
     return True
-
-
-def _residual(a: LinearOperator, b: Tensor, x: Tensor, damping: float) -> Tensor:
-    residual = b - a.double() @ x
-    return residual - damping * x if a.shape[0] == a.shape[1] else residual
 
 
 def prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:

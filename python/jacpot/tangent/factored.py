@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jacpot._backend import empty
+from jacpot.linalg import LinearOperator
 from jacpot.ops import jacobian as kernels
 from jacpot.ops.jacobian import Block, Outputs, Precision, SketchKind
 from jacpot.tangent.assemble import Columns
+from jacpot.tangent.operators import JacobianOperator, OrderedOperator
 from jacpot.tangent.pieces import Piece, in_common, pieces, same_layout, stacked
 
 __all__ = ["Jacobian", "joined"]
@@ -309,6 +311,24 @@ class Jacobian:
             dtype=self.outputs.new_empty(0).numpy().dtype,
         )
 
+    def to_operator(self) -> LinearOperator:
+        """Give J as the operator ``(N·K, P)`` that `jacpot.solve` takes.
+
+        Examples
+        --------
+        >>> import torch, jacpot
+        >>> net, x = torch.nn.Linear(2, 1).double(), torch.eye(2).double()
+        >>> J, b = jacpot.jacobian(net, x), torch.ones(2).double()
+        >>> jacpot.solve(J, b).x  # the least norm of all solutions
+        tensor([0.3333, 0.3333, 0.6667], dtype=torch.float64)
+        """
+        plain = JacobianOperator(
+            self.blocks, self.n_examples, self.n_outputs, device=self.outputs.device
+        )
+        if all(order is None for order in self._orders):
+            return plain
+        return OrderedOperator(plain, self.to_blocks, self.from_blocks)
+
 
 class JacobianTranspose:
     """``Jᵀ``: what ``J.T`` gives."""
@@ -334,6 +354,10 @@ class JacobianTranspose:
         if not isinstance(u, Tensor):
             return NotImplemented
         return self.T._transposed(u)
+
+    def to_operator(self) -> LinearOperator:
+        """Give Jᵀ as the operator ``(P, N·K)`` that `jacpot.solve` takes."""
+        return self.T.to_operator().T
 
 
 def joined(parts: Sequence[Jacobian]) -> Jacobian:

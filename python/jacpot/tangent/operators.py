@@ -7,14 +7,14 @@ float64 copies that exact residuals need stay small.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacpot._backend import core, threads
-from jacpot.linalg import LinearOperator
+from jacpot.linalg import FunctionOperator, LinearOperator
 from jacpot.ops.jacobian import (
     Block,
     Factors,
@@ -26,7 +26,7 @@ from jacpot.ops.jacobian import (
     vjp,
 )
 
-__all__ = ["GaussNewtonOperator", "JacobianOperator", "KernelOperator"]
+__all__ = ["GaussNewtonOperator", "JacobianOperator", "KernelOperator", "OrderedOperator"]
 
 SLICE_BYTES = 16 << 20  # of float64 factors made at once: they are used while in cache
 WHOLE_BYTES = 256 << 20  # of float64 factors for a symmetric Gram matrix, which takes them all
@@ -77,6 +77,8 @@ class JacobianOperator(LinearOperator):
     device
         Needed where there are no blocks to tell.
     """
+
+    least_squares = True
 
     def __init__(
         self,
@@ -185,7 +187,55 @@ class JacobianOperator(LinearOperator):
         return torch.cat([dense(blocks) for _, _, blocks in self.slices()]).flatten(0, 1)
 
 
+class OrderedOperator(LinearOperator):
+    """J with its columns in another order than the blocks have them.
+
+    Parameters
+    ----------
+    jacobian
+        J in the order of the blocks.
+    to_blocks
+        Cuts vectors (P, R) in this order into those of the blocks.
+    from_blocks
+        The inverse.
+    """
+
+    least_squares = True
+
+    def __init__(
+        self,
+        jacobian: JacobianOperator,
+        to_blocks: Callable[[Tensor], list[Tensor]],
+        from_blocks: Callable[[Sequence[Tensor]], Tensor],
+    ) -> None:
+        self.jacobian, self.to_blocks, self.from_blocks = jacobian, to_blocks, from_blocks
+        self.shape, self.dtype, self.device = jacobian.shape, jacobian.dtype, jacobian.device
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.jacobian._matmat(torch.cat(self.to_blocks(x)))
+
+    def _pull(self, u: Tensor) -> Tensor:
+        return self.from_blocks(torch.split(self.jacobian.T._matmat(u), self.jacobian.sizes))
+
+    def _adjoint(self) -> LinearOperator:
+        transposed = FunctionOperator(
+            (self.shape[1], self.shape[0]),
+            self._pull,
+            self._matmat,
+            self.dtype,
+            lambda: self.double().T,
+            self.device,
+        )
+        transposed.least_squares = True
+        return transposed
+
+    def _double(self) -> LinearOperator:
+        return OrderedOperator(self.jacobian.double(), self.to_blocks, self.from_blocks)
+
+
 class _Adjoint(LinearOperator):
+    least_squares = True
+
     def __init__(self, jacobian: JacobianOperator) -> None:
         self.jacobian = jacobian
         self.shape = (jacobian.shape[1], jacobian.shape[0])

@@ -1,0 +1,41 @@
+"""What solvers ask of their numeric arguments."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+__all__ = ["check_count", "check_limits", "check_number"]
+
+
+def check_number(name: str, value: Any, *, zero: bool = True) -> float:
+    """Refuse what is not a finite number of at least zero, or above zero."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"argument {name!r} must be a number, got {type(value).__name__}") from None
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+        least = "at least 0" if zero else "positive"
+        raise ValueError(f"argument {name!r} must be finite and {least}, got {number}")
+    return number
+
+
+def check_count(name: str, value: Any) -> int:
+    """Refuse what is not an integer of at least zero."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"argument {name!r} must be an int, got {type(value).__name__}") from None
+    if count < 0:
+        raise ValueError(f"argument {name!r} must be at least 0, got {count}")
+    return count
+
+
+def check_limits(tol: Any, max_iter: Any) -> None:
+    """Refuse a tolerance or an iteration limit that cannot be one."""
+    check_number("tol", tol, zero=False)
+    if max_iter is not None:
+        check_count("max_iter", max_iter)
