@@ -5,39 +5,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracle import by_autograd, dense, relative_error
+from pieces import Of, linear, randn, tokens
 from torch import nn
 
 import jacpot
 from jacpot.ops.jacobian import Factors
 from jacpot.tangent.rules import RULES, Outer
-
-
-class Of(nn.Module):
-    """A network written as a function of its layers and parameters and the inputs."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def tokens(*shape):
-    return torch.randint(0, 7, shape)
-
-
-def linear(i=6, o=6, **options):
-    return nn.Linear(i, o, **options)
 
 
 def attention(**options):
@@ -219,111 +193,6 @@ def test_equal_layers_are_one_block():
     (block,) = jacpot.jacobian(net, randn(4, 6)).blocks
     assert isinstance(block, Factors)
     assert (block.n_positions, block.bias) == (2, True)
-
-
-@st.composite
-def convolutions(draw):
-    dims = draw(st.integers(1, 3))
-    groups = draw(st.sampled_from([1, 1, 2]))
-    transposed = draw(st.booleans())
-
-    def each(low, high):
-        return tuple(draw(st.integers(low, high)) for _ in range(dims))
-
-    stride, dilation = each(1, 3), each(1, 2)
-    options = {
-        "kernel_size": each(1, 3), "stride": stride, "dilation": dilation, "groups": groups,
-        "bias": draw(st.booleans()), "padding": each(0, 2),
-    }  # fmt: skip
-    if transposed:
-        kind = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d][dims - 1]
-        options["output_padding"] = tuple(
-            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
-        )
-    else:
-        kind = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1]
-        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate",
-                                                        "circular"]))  # fmt: skip
-        if draw(st.booleans()):
-            options["stride"] = 1
-            options["padding"] = draw(st.sampled_from(["same", "valid"]))
-    layer = kind(2 * groups, groups * draw(st.integers(1, 2)), **options).double()
-    size = draw(st.integers(5, 7))
-    return layer, (2 * groups, *[size] * dims), draw(st.sampled_from([0, 1, 3]))
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
-@given(convolutions(), st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_convolution_options(case, masked):
-    layer, shape, n = case
-    torch.manual_seed(6)
-    with torch.no_grad():
-        try:
-            features = layer(randn(1, *shape)).flatten(1).shape[1]
-        except RuntimeError:  # padding that takes more than there is
-            return
-    if features == 0:
-        return
-    net = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), linear(features, 2, dtype=torch.float64))
-    mask = {k: torch.rand(p.shape) < 0.6 for k, p in net.named_parameters()} if masked else None
-    x = randn(n, *shape)
-    J = jacpot.jacobian(net, x, mask=mask)
-    if n == 0:
-        assert J.dense().shape == (0, 2, J.n_parameters)
-    else:
-        assert relative_error(J.dense(), dense(net, x, mask)) < 1e-10
-
-
-@given(
-    kind=st.sampled_from([nn.RNN, nn.LSTM, nn.GRU]),
-    options=st.fixed_dictionaries(
-        {"num_layers": st.integers(1, 2), "bias": st.booleans(), "batch_first": st.booleans(),
-         "bidirectional": st.booleans()}
-    ),
-    special=st.booleans(), start=st.booleans(), n=st.integers(0, 3), steps=st.integers(1, 4),
-)  # fmt: skip
-@settings(max_examples=30)
-def test_recurrent_options(kind, options, special, start, n, steps):
-    torch.manual_seed(7)
-    if special and kind is not nn.GRU:
-        options = {**options, **({"proj_size": 3} if kind is nn.LSTM else {"nonlinearity": "relu"})}
-    layer, batch_first = kind(5, 4, **options), options["batch_first"]
-    size, directions = options.get("proj_size", 4), 1 + options["bidirectional"]
-
-    def run(m, x):
-        h, c = (
-            torch.full((options["num_layers"] * directions, len(x), width), 0.3, dtype=x.dtype)
-            for width in (size, 4)
-        )
-        given = ((h, c) if kind is nn.LSTM else h) if start else None
-        y, state = m.r(x if batch_first else x.transpose(0, 1), given)
-        last = state if kind is not nn.LSTM else state[0] * state[1].mean(2, keepdim=True)
-        return m.h(y.mean(1 if batch_first else 0)) + last.sum((0, 2)).unsqueeze(1)
-
-    net = Of(run, r=layer, h=linear(size * directions, 2)).double()
-    x = randn(n, steps, 5)
-    J = jacpot.jacobian(net, x)
-    if n == 0:
-        assert J.dense().shape == (0, 2, J.n_parameters)
-        return
-    assert relative_error(J.outputs, net(x).detach()) < 1e-12
-    assert relative_error(J.dense(), by_autograd(net, x)) < 1e-10
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_recurrent_cells(bias):
-    torch.manual_seed(8)
-
-    def run(m, x):
-        h, c = m.c(m.b(m.a(x), m.a(x.cos())), (x.sin(), x.cos()))
-        return h * c[:, :1]
-
-    net = Of(run, a=nn.RNNCell(6, 6, bias, "relu"), b=nn.GRUCell(6, 6, bias),
-             c=nn.LSTMCell(6, 6, bias)).double()  # fmt: skip
-    x = randn(4, 6)
-    J = jacpot.jacobian(net, x)
-    assert relative_error(J.dense(), by_autograd(net, x)) < 1e-10
 
 
 def test_outputs_are_chosen():
