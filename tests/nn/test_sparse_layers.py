@@ -197,6 +197,62 @@ def test_sparsify_swaps_a_shared_layer_everywhere():
     assert isinstance(sparse["a"], SparseLinear)
 
 
+def test_sparsify_keeps_what_is_shared():
+    layer = nn.Linear(8, 8)
+    twice = nn.Sequential(layer, nn.ReLU(), layer)
+    mask = torch.rand(8, 8) < 0.4
+    x = torch.randn(5, 8)
+    sparse = sparsify(twice, {"0.weight": mask})
+    assert sparse[0] is sparse[2]
+    masked = nn.Sequential(masked_copy(layer, mask), nn.ReLU(), masked_copy(layer, mask))
+    torch.testing.assert_close(sparse(x), masked(x))
+
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    tied[2].weight, tied[2].bias = tied[0].weight, tied[0].bias
+    for names in (["0.weight"], ["2.weight"], ["0.weight", "2.weight"]):
+        sparse = sparsify(tied, dict.fromkeys(names, mask))
+        assert sparse[0].values is sparse[2].values
+        assert sparse[0].bias is sparse[2].bias
+        masked = nn.Sequential(
+            *(masked_copy(tied[i], mask) if i != 1 else tied[1] for i in (0, 1, 2))
+        )
+        torch.testing.assert_close(sparse(x), masked(x))
+    with pytest.raises(ValueError, match=r"'2\.weight' and '0\.weight' are one shared parameter"):
+        sparsify(tied, {"0.weight": mask, "2.weight": ~mask})
+    head = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+    head[1].weight = head[0].weight
+    with pytest.raises(ValueError, match="of Embedding cannot be made sparse"):
+        sparsify(head, {"1.weight": mask})
+
+
+def test_sparsify_keeps_hooks():
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].register_forward_hook(lambda layer, args, y: y + 1)
+    net[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: ((args[0] * 2,), {}), with_kwargs=True
+    )
+    full = torch.ones(4, 4, dtype=torch.bool)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(sparsify(net, {"0.weight": full})(x), net(x))
+
+
+def test_named_padding():
+    x = torch.randn(2, 2, 7, 7)
+    for padding, size in (("same", 3), ("valid", 2), ("same", 5)):
+        conv = nn.Conv2d(2, 4, size, padding=padding, dilation=1 if size == 5 else 2)
+        mask = torch.rand(conv.weight.shape) < 0.4
+        torch.testing.assert_close(
+            SparseConv2d.from_conv2d(conv, mask)(x), masked_copy(conv, mask)(x)
+        )
+    uneven = nn.Conv2d(2, 4, 2, padding="same")
+    with pytest.raises(
+        ValueError, match="must pad with zeros, both sides alike, got padding='same'"
+    ):
+        SparseConv2d.from_conv2d(uneven, torch.ones(4, 2, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="'padding' must be an int or a pair of them, got 'same'"):
+        SparseConv2d(mask, padding="same")
+
+
 def test_sparsify_refuses_what_it_cannot_swap():
     with pytest.raises(KeyError, match="'none'"):
         sparsify(nn.Linear(2, 2), {"none": torch.ones(2, 2, dtype=torch.bool)})

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -100,3 +101,27 @@ def test_refusals():
         tickets.barrier(loss, make_net(), make_net(), steps=1)
     with pytest.raises(ValueError, match="same parameters and buffers"):
         tickets.barrier(loss, make_net(), nn.Linear(1, 1))
+
+
+def test_an_error_that_is_no_number_is_no_flat_path():
+    for values in ((1.0, math.nan, 1.0), (math.nan, 1.0, 1.0)):
+        found = tickets.Barrier((0.0, 0.5, 1.0), values)
+        assert math.isnan(found.height)
+        assert math.isnan(found.excess)
+
+
+def test_masked_networks_are_joined_by_the_weights_they_compute_with():
+    a, b = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
+    masks = [{"weight": torch.tensor([[True, True, False, False]])}]
+    masks.append({"weight": ~masks[0]["weight"]})
+    baked = [
+        tickets.bake(tickets.apply(copy.deepcopy(n), m)) for n, m in zip((a, b), masks, strict=True)
+    ]
+    tickets.apply(a, masks[0])
+    tickets.apply(b, masks[1])
+    seen = []
+    tickets.barrier(lambda net: seen.append(net.weight.clone()) or 0.0, a, b, steps=5)
+    for i, weight in enumerate(seen):
+        torch.testing.assert_close(weight, torch.lerp(baked[0].weight, baked[1].weight, i / 4))
+    assert tickets.barrier(lambda net: net.weight.sum().item(), a, baked[1]).height >= 0
+    assert list(tickets.applied_mask(a)) == ["weight"]

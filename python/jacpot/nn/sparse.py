@@ -12,7 +12,7 @@ from jacpot.ops.masked_conv2d import Window, convolve, window_of
 from jacpot.ops.masked_matmul import product
 from jacpot.ops.pattern import Pattern
 
-__all__ = ["SparseConv2d", "SparseLinear"]
+__all__ = ["SparseConv2d", "SparseLinear", "zero_padding"]
 
 
 class _Sparse(nn.Module):
@@ -231,19 +231,19 @@ class SparseConv2d(_Sparse):
         Raises
         ------
         ValueError
-            If it pads with something else than zeros, or by a name.
+            If it pads with something else than zeros, or both sides differently.
         """
-        padding = conv.padding
-        if conv.padding_mode != "zeros" or isinstance(padding, str):
+        padding = zero_padding(conv)
+        if padding is None:
             raise ValueError(
-                "argument 'conv' must pad with zeros by a number, got "
-                f"padding={padding!r}, padding_mode={conv.padding_mode!r}"
+                "argument 'conv' must pad with zeros, both sides alike, got "
+                f"padding={conv.padding!r}, padding_mode={conv.padding_mode!r}"
             )
         mask = mask.to(conv.weight.device)
         layer = cls(
             mask,
             _pair(conv.stride),
-            _pair(padding),
+            padding,
             _pair(conv.dilation),
             conv.groups,
             conv.bias is not None,
@@ -301,6 +301,18 @@ class SparseConv2d(_Sparse):
             f"stride={window.stride}, padding={window.padding}, dilation={window.dilation}, "
             f"groups={window.groups}, bias={self.bias is not None}, density={self.density:.3g}"
         )
+
+
+def zero_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Zeros that a convolution adds at both sides alike, or None if it pads otherwise."""
+    if conv.padding_mode != "zeros":
+        return None
+    if conv.padding == "valid":
+        return 0, 0
+    if isinstance(conv.padding, str):  # "same"
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in totals) else (totals[0] // 2, totals[1] // 2)
+    return _pair(conv.padding)
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

@@ -78,7 +78,10 @@ def window_of(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        first, second = (value, value) if isinstance(value, int) else value
+        pair = (value, value) if isinstance(value, int) else value
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+            raise ValueError(f"argument {name!r} must be an int or a pair of them, got {value!r}")
+        first, second = pair
         if min(first, second) < least:
             raise ValueError(f"argument {name!r} must be at least {least}, got {value}")
         pairs.append((int(first), int(second)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacpot.tickets._random import seeded
+from jacpot.tickets.parametrization import bake
 
 __all__ = ["Barrier", "barrier", "stability"]
 
@@ -36,19 +38,26 @@ class Barrier:
         """How far the error rises above the mean of the ends: linear interpolation instability.
 
         Frankle et al. 2020, *Linear mode connectivity and the lottery ticket hypothesis*. Zero if
-        it does not rise.
+        it does not rise, NaN if an error is.
         """
-        return max(0.0, max(self.values) - (self.values[0] + self.values[-1]) / 2)
+        middle = (self.values[0] + self.values[-1]) / 2
+        return _highest(value - middle for value in self.values)
 
     @property
     def excess(self) -> float:
         """How far the error rises above the straight line between its ends, at the worst place.
 
-        Entezari et al. 2022. Zero if it does not rise.
+        Entezari et al. 2022. Zero if it does not rise, NaN if an error is.
         """
         first, last = self.values[0], self.values[-1]
         pairs = zip(self.positions, self.values, strict=True)
-        return max(0.0, *(value - ((1 - t) * first + t * last) for t, value in pairs))
+        return _highest(value - ((1 - t) * first + t * last) for t, value in pairs)
+
+
+def _highest(rises: Iterable[float]) -> float:
+    """The highest or zero; NaN if there is any, which `max` may pass over."""
+    rises = [0.0, *rises]
+    return math.nan if any(map(math.isnan, rises)) else max(rises)
 
 
 @torch.no_grad()
@@ -66,7 +75,8 @@ def barrier(
     f
         From a network, in eval mode, to its error or loss.
     a, b
-        The ends, with the same parameters and buffers.
+        The ends, with the same parameters and buffers. Masks that they wear are theirs: the line
+        is between the weights that they compute with.
     steps
         Places to look at, both ends among them.
     recalibrate
@@ -92,12 +102,12 @@ def barrier(
     """
     if steps < 2:
         raise ValueError(f"argument 'steps' must be at least 2, got {steps}")
-    first, second = a.state_dict(), b.state_dict()
+    network, other = (bake(copy.deepcopy(end)) for end in (a, b))
+    first, second = ({n: v.clone() for n, v in e.state_dict().items()} for e in (network, other))
     shapes = [{name: value.shape for name, value in state.items()} for state in (first, second)]
     if shapes[0] != shapes[1]:
         raise ValueError("arguments 'a' and 'b' must have the same parameters and buffers")
     batches = None if recalibrate is None else list(recalibrate)
-    network = copy.deepcopy(a)
     positions = tuple(step / (steps - 1) for step in range(steps))
     values = []
     for t in positions:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from jacpot.tickets._names import named_parameters, owners
+from jacpot.tickets._names import canonical_name, named_parameters, owners
 from jacpot.tickets._parametrize import original, parametrizations, register, unregister
 from jacpot.tickets.mask import Mask
 
@@ -183,7 +183,7 @@ def applied(module: M, mask: Mapping[str, Tensor]) -> Iterator[M]:
 
 def checked_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> Mask:
     """``mask`` as a :class:`Mask` whose names and shapes are those of the module's parameters."""
-    checked = mask if isinstance(mask, Mask) else Mask(mask)
+    checked = _by_first_name(module, mask if isinstance(mask, Mask) else Mask(mask))
     parameters = named_parameters(module)
     for name, kept in checked.items():
         if name not in parameters:
@@ -202,3 +202,23 @@ def checked_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> Mask:
                 "past any parametrization; use the cells (nn.LSTMCell, nn.GRUCell) instead"
             )
     return checked
+
+
+def _by_first_name(module: nn.Module, mask: Mask) -> Mask:
+    """Name a shared parameter as `named_parameters` does, whichever of its names is used."""
+    first = {id(parameter): name for name, parameter in named_parameters(module).items()}
+    names = {
+        canonical_name(name): first[id(parameter)]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    if all(names.get(name, name) == name for name in mask):
+        return mask
+    renamed: dict[str, Tensor] = {}
+    for name, kept in mask.items():
+        target = names.get(name, name)
+        if target in renamed and not torch.equal(renamed[target], kept):
+            raise ValueError(
+                f"argument 'mask': {name!r} is the parameter {target!r}, and must have its mask"
+            )
+        renamed[target] = kept
+    return Mask(renamed)

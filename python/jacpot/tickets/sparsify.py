@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from jacpot.nn.sparsify import can_be_sparse
 from jacpot.nn.sparsify import sparsify as to_sparse_layers
+from jacpot.tickets._names import named_parameters, owners
 from jacpot.tickets.parametrization import applied_mask, apply, checked_mask, remove
 
 __all__ = ["sparsify"]
@@ -28,8 +30,10 @@ def sparsify(
     mask
         What is kept; by default the mask that the module wears.
     max_density
-        Parameters that keep more than this share, or that are no weight of a linear layer or 2-d
-        convolution, stay dense and wear their mask: a dense product is faster there.
+        Parameters that keep more than this share stay dense and wear their mask: a dense product
+        is faster there. So do those that cannot be sparse: of other layers than linear ones and
+        2-d convolutions (one of several that share it suffices), or of convolutions that pad with
+        something else than zeros.
 
     Examples
     --------
@@ -45,12 +49,11 @@ def sparsify(
     """
     kept = applied_mask(module) if mask is None else checked_mask(module, mask)
     network = remove(copy.deepcopy(module))
-    layers = dict(network.named_modules())
+    parameters = named_parameters(network)
     sparse: dict[str, Tensor] = {}
     worn: dict[str, Tensor] = {}
     for name, on in kept.items():
-        path, _, leaf = name.rpartition(".")
-        swappable = leaf == "weight" and type(layers[path]) in (nn.Linear, nn.Conv2d)
+        swappable = all(can_be_sparse(*owner) for owner in owners(network, parameters[name]))
         few = int(on.sum()) <= max_density * on.numel()
         (sparse if swappable and few else worn)[name] = on
     return apply(to_sparse_layers(network, sparse), worn)
