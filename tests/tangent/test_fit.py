@@ -81,7 +81,27 @@ def test_early_stopping_takes_the_best_time():
     assert best == times[errors.index(min(errors))]
     lin.set_delta(delta)
     assert float((lin(new).detach() - wanted).square().sum()) == pytest.approx(min(errors))
-    assert fit.early_stopped(new, wanted)[0] >= 0
+    with pytest.raises(ValueError, match="times"):
+        fit.early_stopped(new, wanted, [])
+    with pytest.raises(ValueError, match="times"):
+        fit.early_stopped(new, wanted, [1.0, -1.0])
+
+
+def test_early_stopping_looks_along_the_whole_flow_by_itself():
+    """Its own times are as good as a much finer grid, and beat both ends."""
+    lin, fit, _, _ = fitted(ridge=0.0)
+    torch.manual_seed(5)
+    new, wanted = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+
+    def error(delta):
+        lin.set_delta(delta)
+        return float((lin(new).detach() - wanted).square().sum())
+
+    best, delta = fit.early_stopped(new, wanted)
+    assert error(delta) == pytest.approx(error(fit.at(best)))
+    finest = min(error(fit.at(time)) for time in torch.logspace(-6, 8, 300).tolist())
+    assert error(delta) <= 1.01 * finest
+    assert error(delta) <= min(error(fit.at(0.0)), error(fit.at(math.inf)))
 
 
 def refits(x, y, net, ridge=RIDGE):
@@ -252,3 +272,91 @@ def test_mixing_outputs_is_a_product_from_the_left():
     matrix = torch.randn(12, 2, 2, dtype=torch.float64)
     expected = torch.einsum("nkl,nkp->nlp", matrix, j.dense())
     torch.testing.assert_close(jacobian.mixed(matrix).dense(), expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("criterion", ["gcv", "loo", "evidence", "validation"])
+def test_the_order_of_the_candidates_does_not_matter(criterion):
+    net, x, y = problem()
+    other = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    options = {"ridge": criterion, "validation": other}
+    lin, ridges = jacpot.linearize(net), [1e-3, 1.0, 10.0]
+    chosen = {lin.fit(x, y, ridges=r, **options).ridge for r in (ridges, ridges[::-1])}
+    assert len(chosen) == 1
+    for wrong in ([], [-1.0, 1.0], [math.nan, 1.0], [math.inf]):
+        with pytest.raises(ValueError, match="'ridges' must"):
+            lin.fit(x, y, ridges=wrong, **options)
+    with_zero = [[0.0, *ridges], [*ridges, 0.0]]
+    if criterion == "validation":  # zero is the least norm
+        assert len({lin.fit(x, y, ridges=r, **options).ridge for r in with_zero}) == 1
+        return
+    for wrong in with_zero:
+        with pytest.raises(ValueError, match="'ridges' must be finite and positive"):
+            lin.fit(x, y, ridges=wrong, **options)
+
+
+def test_leave_one_out_of_a_weighted_fit_is_in_the_units_of_y():
+    net, x, y = problem()
+    weights = torch.linspace(0.1, 4.0, 12, dtype=torch.float64)
+    weights[3] = 0.0
+    lin, new = jacpot.linearize(net), torch.randn(4, 3, dtype=torch.float64)
+    fit = lin.fit(x, y, ridge=RIDGE, weights=weights, tol=1e-12)
+    errors, influence, here = fit.leave_one_out(), fit.influence(new), lin(new).detach()
+    for i in range(12):
+        keep = torch.arange(12) != i
+        other = jacpot.linearize(net)
+        other.fit(x[keep], y[keep], ridge=RIDGE, weights=weights[keep], tol=1e-12)
+        torch.testing.assert_close(errors[i], (y - other(x))[i], rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(influence[:, :, i], other(new) - here, rtol=1e-6, atol=1e-8)
+
+
+def test_questions_at_no_inputs():
+    _, fit, x, _ = fitted()
+    assert fit.posterior().variance(x[:0]).shape == (0, 2)
+    assert fit.posterior().covariance(x[:0]).shape == (0, 2, 2)
+    assert fit.influence(x[:0]).shape == (0, 2, 12)
+    assert fit.posterior().sample(0) == []
+    for wrong, error in ((-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="'count' must"):
+            fit.posterior().sample(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"ridge": None}, TypeError, "'ridge' must be a number, got NoneType"),
+        ({"ridge": [0.1]}, TypeError, "'ridge' must be a number, got list"),
+        ({"ridge": -1.0}, ValueError, "'ridge' must be finite and at least 0"),
+        ({"tol": -1.0}, ValueError, "'tol' must"),
+        ({"tol": math.nan}, ValueError, "'tol' must"),
+        ({"max_iter": -1}, ValueError, "'max_iter' must"),
+        ({"max_iter": 1.5}, TypeError, "'max_iter' must"),
+        ({"method": "foo"}, ValueError, "'method' must be one of"),
+        ({"preconditioner": "foo"}, ValueError, "'auto', 'diagonal', 'kronecker', .*'trace'"),
+    ],
+)
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_arguments_are_checked_whatever_the_loss(loss, options, error, words):
+    net, x, y = problem()
+    y = y.softmax(1)
+    with pytest.raises(error, match=words):
+        jacpot.linearize(net).fit(x, y, loss=loss, **{"ridge": RIDGE, **options})
+
+
+@pytest.mark.parametrize("method", ["lsmr", "svd"])
+def test_methods_of_the_squared_loss_are_refused_for_others(method):
+    net, x, y = problem()
+    with pytest.raises(ValueError, match="for losses other than 'mse'"):
+        jacpot.linearize(net).fit(x, y, loss="huber", ridge=RIDGE, method=method)
+
+
+def test_negative_probabilities_are_refused():
+    net, x, y = problem()
+    with pytest.raises(ValueError, match="'y' must hold probabilities of at least 0"):
+        jacpot.linearize(net).fit(x, y, loss="cross_entropy", ridge=RIDGE)
+
+
+def test_a_long_solution_has_a_short_repr():
+    _, fit, _, _ = fitted()
+    for solution in (fit, jacpot.solve(torch.eye(500), torch.ones(500))):
+        assert len(repr(solution)) < 500
+        assert "tensor" not in repr(solution)

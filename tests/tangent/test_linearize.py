@@ -266,3 +266,20 @@ def test_masks_that_do_not_fit_are_refused(mask, error):
 def test_a_module_without_parameters_is_refused():
     with pytest.raises(ValueError, match="no parameters"):
         jacpot.linearize(nn.ReLU())
+
+
+def test_a_saved_state_is_the_same_function_in_another_linearization(tmp_path):
+    def network():
+        return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).eval()
+
+    torch.manual_seed(0)
+    x, y, net = torch.randn(10, 3), torch.randn(10, 2), network()
+    mask = {"0.weight": torch.rand(8, 3) < 0.5}
+    lin, other = jacpot.linearize(net, mask), jacpot.linearize(network())
+    lin.fit(x, y, ridge=0.1)
+    torch.save(lin.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other(x), lin(x))
+    assert torch.equal(other.mask["0.weight"], mask["0.weight"])
+    with pytest.raises((RuntimeError, ValueError)):
+        jacpot.linearize(nn.Linear(3, 2)).load_state_dict(lin.state_dict())

@@ -259,3 +259,23 @@ def test_gauss_newton_from_saturated_probabilities():
     x, y = inputs(dtype=torch.float32), targets("cross_entropy")
     result = jacpot.gauss_newton(net, x, y, "cross_entropy", max_steps=60)
     assert result.losses[-1] < 0.01 * result.losses[0]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"0.weight": torch.full((8, 3), 0.5)},
+        {"0.weight": torch.ones(2, 2, dtype=torch.bool)},
+        {"0.bias": torch.zeros(8, dtype=torch.bool), "9.weight": torch.ones(1, dtype=torch.bool)},
+    ],
+)
+def test_gauss_newton_leaves_the_network_alone_when_it_refuses(mask):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises((TypeError, ValueError), match="'mask'"):
+        jacpot.gauss_newton(net, torch.randn(5, 3), torch.randn(5, 1), mask=mask)
+    good = {"0.bias": torch.zeros(8, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="batch_size"):
+        jacpot.gauss_newton(net, torch.randn(5, 3), torch.randn(5, 1), mask=good, batch_size=0)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])

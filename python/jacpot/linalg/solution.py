@@ -79,7 +79,7 @@ class Solution:
     tensor([1., 2.], dtype=torch.float64)
     """
 
-    x: Any
+    x: Any = field(repr=False)
     status: Status
     iterations: int
     residual_norm: float

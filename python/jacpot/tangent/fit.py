@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from jacpot.linalg import Solution
+from jacpot.linalg.arguments import check_number
 from jacpot.ops.jacobian import gram
 from jacpot.tangent.jacobian import Jacobian
 from jacpot.tangent.losses import LOSSES
 from jacpot.tangent.operators import JacobianOperator
 from jacpot.tangent.posterior import Posterior
-from jacpot.tangent.spectrum import Spectrum
+from jacpot.tangent.spectrum import Spectrum, least
 
 __all__ = ["Fit", "Problem"]
 
@@ -35,16 +37,22 @@ class Problem:
         J, rows weighted by the root of the examples' weights.
     residual : Tensor
         ``y - f0`` (N, K) float64, weighted alike.
+    errors : Tensor
+        The same without weights.
     ridge : float
     loss : str
+    roots : Tensor or None
+        Roots of the examples' weights (N,).
     """
 
     columns: Jacobian
     capture: Callable[[Tensor], Jacobian]
     jacobian: JacobianOperator
     residual: Tensor
+    errors: Tensor
     ridge: float
     loss: str
+    roots: Tensor | None = None
 
     def flat(self, x: Tensor) -> Tensor:
         """From the order of the blocks to that of the Jacobian's columns."""
@@ -111,7 +119,7 @@ class Fit(Solution):
         x, y
             Validation inputs, and targets (M, K).
         times
-            Candidates; by default 60 from before to after the kernel's time scales.
+            Candidates, at least zero; by default 60 from before to after the kernel's time scales.
         """
         problem, spectrum = self._squared(), self.spectrum
         if times is None:
@@ -121,15 +129,24 @@ class Fit(Solution):
                 torch.tensor(low).log10().item(), torch.tensor(high).log10().item(), 60
             ).tolist()
         along = functools.partial(spectrum.flow, ridge=self.ridge)
-        best = min(times, key=validation_error(problem, along, x, y))
+        best = least(
+            "times",
+            [check_number("times", time) if time != math.inf else time for time in times],
+            validation_error(problem, along, x, y),
+        )
         alpha = spectrum.flow(best, self.ridge)
-        return float(best), problem.delta(problem.jacobian.double().T @ alpha)
+        return best, problem.delta(problem.jacobian.double().T @ alpha)
 
     def leave_one_out(self) -> Tensor:
         """Errors ``y_n - f_{-n}(x_n)``, (N, K), of the fits that leave out one example each."""
-        k = self._squared().jacobian.n_outputs
+        problem = self._squared()
         self._needs_ridge()
-        return self.spectrum.leave_one_out(self.ridge, k)
+        errors = self._weighted_leave_one_out()
+        if problem.roots is None:
+            return errors
+        # What has no weight is left out already, and was not seen by the fit.
+        roots = problem.roots.to(errors.device)[:, None]
+        return torch.where(roots > 0, errors / roots, self._errors())
 
     def gcv(self) -> float:
         """Generalised cross-validation score of the ridge."""
@@ -159,10 +176,10 @@ class Fit(Solution):
         k = problem.jacobian.n_outputs
         cross = cross_kernel(problem, problem.capture(x))
         inverse = (spectrum.vectors * spectrum._inverse(self.ridge)) @ spectrum.vectors.T
-        left_out = self.leave_one_out()
-        pulled = (cross @ inverse).reshape(cross.shape[0], -1, k)
+        left_out = self._weighted_leave_one_out()
+        pulled = (cross @ inverse).reshape(cross.shape[0], *left_out.shape)
         change = -torch.einsum("mnk,nk->mn", pulled, left_out)
-        return change.reshape(x.shape[0], k, -1)
+        return change.reshape(len(x), k, len(left_out))
 
     def posterior(self) -> Posterior:
         """Treat the fit as a Gaussian process: prior ``Δ ~ N(0, I)``, noise variance ``ridge``."""
@@ -171,6 +188,16 @@ class Fit(Solution):
         return Posterior(
             problem.capture, problem.delta, problem.jacobian, problem.residual, self.ridge
         )
+
+    def _weighted_leave_one_out(self) -> Tensor:
+        return self.spectrum.leave_one_out(self.ridge, self._squared().jacobian.n_outputs)
+
+    def _errors(self) -> Tensor:
+        """``y - f`` (N, K) of the fit, without weights."""
+        problem = self._squared()
+        change = problem.columns.to_operator().double() @ self.x
+        errors: Tensor = problem.errors - change.reshape(problem.errors.shape)
+        return errors
 
     def _squared(self) -> Problem:
         if self.problem is None or self.problem.loss != "mse":

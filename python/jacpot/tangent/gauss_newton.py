@@ -14,6 +14,7 @@ from torch.func import functional_call
 from jacpot.linalg import Status
 from jacpot.tangent.batches import Batches
 from jacpot.tangent.jacobian import jacobian
+from jacpot.tangent.linearize import checked_mask
 from jacpot.tangent.losses import Loss, get_loss
 from jacpot.tangent.quadratic_model import QuadraticModel
 
@@ -146,8 +147,8 @@ def gauss_newton(
     if damping is not None and not 0 < damping < float("inf"):
         raise ValueError(f"argument 'damping' must be finite and above 0, got {damping}")
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    objective = _Objective(module, x, y, get_loss(loss), mask)
     batches = Batches(len(x), batch_size, generator)
+    objective = _Objective(module, x, y, get_loss(loss), mask)
     result = GaussNewton(Status.iteration_limit, [], [])
     batch, previous, first_norm = batches.draw(), None, 0.0
     while result.steps < max_steps:
@@ -204,12 +205,12 @@ class _Objective:
     def __init__(
         self, module: nn.Module, x: Tensor, y: Tensor, loss: Loss, mask: Mapping[str, Tensor] | None
     ) -> None:
+        mask = checked_mask(module, mask)  # before anything is changed
         self.module, self.x, self.y, self.loss, self.mask = module, x, y, loss, mask
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if mask:
-            with torch.no_grad():
-                for name, kept in mask.items():
-                    module.get_parameter(name).mul_(kept)
+        with torch.no_grad():
+            for name, kept in mask.items():
+                module.get_parameter(name).mul_(kept)
 
     def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel | None:
         """Give the quadratic model at the module's parameters; None where there is nothing."""

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from jacpot.linalg import Interrupted, Solution
+from jacpot.linalg.arguments import check_limits, check_number
 from jacpot.tangent.fit import Fit, Problem, validation_error
 from jacpot.tangent.jacobian import jacobian
 from jacpot.tangent.losses import Loss, Weighted, get_loss
 from jacpot.tangent.newton import fit_convex
 from jacpot.tangent.operators import JacobianOperator
 from jacpot.tangent.progress import Callback, observing
-from jacpot.tangent.spectrum import Spectrum
+from jacpot.tangent.spectrum import Spectrum, least
 from jacpot.tangent.squared import fit_squared, named
 from jacpot.tangent.streamed import StreamedJacobian
 
@@ -32,7 +33,8 @@ class LinearizedModule(nn.Module):
     """``x -> f(x, θ0) + J(x) Δ``. Made by :func:`linearize`.
 
     Its parameters are the displacement Δ, zero at first: an optimizer can train them, and
-    :meth:`fit` finds the best in closed form.
+    :meth:`fit` finds the best in closed form. Its ``state_dict`` holds the expansion point and the
+    mask as well, without which Δ means nothing: loaded, it is the same function.
 
     Examples
     --------
@@ -54,7 +56,7 @@ class LinearizedModule(nn.Module):
         names = [name for name, p in base.named_parameters() if p.requires_grad]
         if not names:
             raise ValueError("argument 'module' has no parameters that require a gradient")
-        self.mask = _checked_mask(base, mask)
+        self.mask = checked_mask(base, mask)
         with torch.no_grad():
             for name, kept in self.mask.items():
                 base.get_parameter(name).mul_(kept)
@@ -106,6 +108,22 @@ class LinearizedModule(nn.Module):
                 target.copy_(delta[name])
             else:
                 target.zero_()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Give what Δ belongs to: the state of the network at θ0, and the mask."""
+        return {"base": self.base.state_dict(), "mask": dict(self.mask)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the expansion point and the mask of a ``state_dict``.
+
+        Raises
+        ------
+        RuntimeError, ValueError, TypeError
+            If they are those of a network of other parameters.
+        """
+        mask = checked_mask(self.base, state["mask"])
+        self.base.load_state_dict(state["base"])
+        self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the linearized network; differentiable in Δ."""
@@ -172,7 +190,8 @@ class LinearizedModule(nn.Module):
         weights
             Non-negative weights of the examples, (N,).
         ridges
-            What to choose the ridge from; by default 40 over the range of the kernel's spectrum.
+            What to choose the ridge from, above zero (``"validation"``: at least); by default 40
+            over the range of the kernel's spectrum.
         validation
             ``(x, y)`` for ``ridge="validation"``.
         batch_size
@@ -207,6 +226,7 @@ class LinearizedModule(nn.Module):
         >>> solution.converged, bool((lin(x) - y).abs().max() < 0.2)
         (True, True)
         """
+        check_limits(tol, max_iter)
         chosen = get_loss(loss)
         name = loss if isinstance(loss, str) else type(loss).__name__
         capture = functools.partial(jacobian, self.base, mask=self.mask or None)
@@ -221,18 +241,17 @@ class LinearizedModule(nn.Module):
         if batch_size is not None and len(x):
             operator = StreamedJacobian(capture, x, batch_size)
         root = _checked_weights(weights, len(x))
-        residual = torch.zeros_like(columns.outputs, dtype=torch.float64)
+        errors = residual = torch.zeros_like(columns.outputs, dtype=torch.float64)
         if name == "mse":
-            residual = targets - columns.outputs.double()
+            errors = residual = targets - columns.outputs.double()
             if root is not None:
                 operator, residual = operator.weighted(root), residual * root[:, None]
         elif root is not None:
             chosen = Weighted(chosen, root.square())
-        problem = Problem(columns, capture, operator, residual, 0.0, name)
+        problem = Problem(columns, capture, operator, residual, errors, 0.0, name, root)
         if isinstance(ridge, str):
             ridge = _choose_ridge(problem, ridge, ridges, validation)
-        if not (ridge >= 0 and ridge < float("inf")):
-            raise ValueError(f"argument 'ridge' must be finite and at least 0, got {ridge}")
+        ridge = check_number("ridge", ridge)
         problem = dataclasses.replace(problem, ridge=ridge)
         start = self._start(problem) if warm_start else None
         with observing(callback, progress, tol) as observe:
@@ -332,7 +351,7 @@ def _load_forward_mode() -> None:
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
-def _checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters())
     out = {}
     for name, kept in dict(mask or {}).items():
@@ -381,5 +400,6 @@ def _choose_ridge(
         )
     if validation is None:
         raise ValueError("argument 'validation' must be (x, y) for ridge='validation'")
-    candidates = spectrum.grid().tolist() if ridges is None else [float(r) for r in ridges]
-    return min(candidates, key=validation_error(problem, spectrum.dual, *validation))
+    candidates = spectrum.grid().tolist() if ridges is None else ridges
+    checked = [check_number("ridges", ridge) for ridge in candidates]
+    return least("ridges", checked, validation_error(problem, spectrum.dual, *validation))

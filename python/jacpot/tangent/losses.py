@@ -9,7 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LOSSES", "ConvexLoss", "Loss", "Weighted", "get_loss"]
+__all__ = [
+    "LOSSES",
+    "ConvexLoss",
+    "CrossEntropy",
+    "Huber",
+    "Logistic",
+    "Loss",
+    "SquaredError",
+    "Weighted",
+    "get_loss",
+]
 
 
 class Loss(Protocol):
@@ -91,7 +101,13 @@ class CrossEntropy:
             if len(y) and not (int(y.min()) >= 0 and int(y.max()) < outputs.shape[1]):
                 raise ValueError(f"argument 'y' must hold labels from 0 to {outputs.shape[1] - 1}")
             return torch.nn.functional.one_hot(y, outputs.shape[1]).double()
-        return _check_floats(y, outputs, "cross_entropy")
+        y = _check_floats(y, outputs, "cross_entropy")
+        if bool((y < 0).any()):
+            raise ValueError(
+                "argument 'y' must hold probabilities of at least 0 for loss 'cross_entropy', "
+                f"got {float(y.min()):.3g}"
+            )
+        return y
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Loss`."""
@@ -134,7 +150,18 @@ class Logistic:
 
 @dataclass(frozen=True)
 class Huber:
-    """Squared up to ``delta``, linear beyond, for every output."""
+    """Squared up to ``delta``, linear beyond, for every output.
+
+    ``loss="huber"`` has a ``delta`` of 1; give the object for another.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.tangent.losses import Huber
+    >>> f, y = torch.tensor([[3.0]]), torch.zeros(1, 1)
+    >>> Huber(delta=2.0).value(f, y), Huber(delta=2.0).gradient(f, y)
+    (tensor([4.]), tensor([[2.]]))
+    """
 
     delta: float = 1.0
 

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from jacpot.linalg import Interrupted, Solution, Status, solve
+from jacpot.linalg.arguments import check_limits
 from jacpot.linalg.solve import prepare
 from jacpot.tangent.losses import Loss
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 
 __all__ = ["fit_convex", "newton_direction"]
+
+METHODS = ("auto", "dual", "primal")
 
 # Armijo's constant, and the Newton decrement that counts as no decrease possible.
 SUFFICIENT = 1e-4
@@ -131,6 +134,12 @@ def fit_convex(
         ``history`` holds the relative KKT residuals, ``details["loss"]`` the loss after each step,
         ``details["inner_iterations"]`` those of the linear solver.
     """
+    if method not in METHODS:
+        raise ValueError(
+            f"argument 'method' must be one of {METHODS} for losses other than 'mse', "
+            f"got {method!r}"
+        )
+    check_limits(tol, max_iter)
     start = time.perf_counter()
     exact = jacobian.double()
     shape = outputs.shape

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jacpot.linalg import Solution, solve
+from jacpot.linalg.arguments import check_count
 from jacpot.linalg.solve import prepare
 from jacpot.tangent.jacobian import Jacobian
 from jacpot.tangent.operators import JacobianOperator, KernelOperator
@@ -58,8 +59,9 @@ class Posterior:
         dense = new.dense()  # (M·K, P)
         cross = self._jacobian.double() @ dense.T
         weights = self._solve(cross, tol).x
-        prior = torch.einsum("mkp,mlp->mkl", *(dense.reshape(m, k, -1),) * 2)
-        known = torch.einsum("nmk,nml->mkl", *(t.reshape(-1, m, k) for t in (cross, weights)))
+        prior = torch.einsum("mkp,mlp->mkl", *(dense.reshape(m, k, dense.shape[1]),) * 2)
+        columns = (t.reshape(len(cross), m, k) for t in (cross, weights))
+        known = torch.einsum("nmk,nml->mkl", *columns)
         return prior - known
 
     def variance(self, x: Tensor, tol: float = 1e-8) -> Tensor:
@@ -75,7 +77,7 @@ class Posterior:
         Parameters
         ----------
         count
-            Number of draws.
+            Number of draws, at least zero.
         seed
             Of the prior and noise samples.
         tol
@@ -86,6 +88,7 @@ class Posterior:
         list of dict
             Δ by parameter name, for `LinearizedModule.set_delta`.
         """
+        check_count("count", count)
         generator = torch.Generator().manual_seed(seed)
         exact = self._jacobian.double()
         rows, columns = exact.shape

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from jacpot.linalg.arguments import check_number
 from jacpot.tangent.operators import JacobianOperator, KernelOperator
 
-__all__ = ["LIMIT", "Spectrum"]
+__all__ = ["LIMIT", "Spectrum", "least"]
 
 LIMIT = 20_000  # unknowns; the float64 eigenvectors take 3.2 GB there
+
+
+def least(name: str, candidates: Sequence[float], score: Callable[[float], float]) -> float:
+    """Give the candidate of least score, in whatever order they come."""
+    if not candidates:
+        raise ValueError(f"argument {name!r} must hold at least one value")
+    scores = {candidate: score(candidate) for candidate in sorted(candidates)}
+    usable = {c: value for c, value in scores.items() if not math.isnan(value)}
+    if not usable:
+        raise ValueError(f"argument {name!r} must hold a value whose score is a number")
+    return min(usable, key=usable.__getitem__)
 
 
 class Spectrum:
@@ -65,7 +77,10 @@ class Spectrum:
         return float(len(self.values) * misfit / kept.sum().square())
 
     def leave_one_out(self, ridge: float, k: int) -> Tensor:
-        """Errors (N, K) of each example under the fit without it, all its outputs left out."""
+        """Errors (N, K) of each example under the fit without it, all its outputs left out.
+
+        Of rows that are weighted, they are weighted alike.
+        """
         alpha = self.dual(ridge).reshape(-1, k)
         errors: Tensor = torch.linalg.solve(self.inverse_blocks(ridge, k), alpha)
         return errors
@@ -83,14 +98,15 @@ class Spectrum:
         return torch.logspace(math.log10(low), math.log10(top or 1.0), count, dtype=torch.float64)
 
     def best(self, criterion: str, ridges: Sequence[float] | None, k: int) -> float:
-        """Give the ridge that minimises ``"gcv"``, ``"loo"`` or ``"evidence"`` (negated)."""
+        """Give the ridge above zero that minimises ``"gcv"``, ``"loo"`` or minus ``"evidence"``."""
         score = {
             "gcv": self.gcv,
             "loo": lambda ridge: float(self.leave_one_out(ridge, k).square().mean()),
             "evidence": lambda ridge: -self.log_marginal_likelihood(ridge),
         }[criterion]
-        candidates = [float(ridge) for ridge in (self.grid() if ridges is None else ridges)]
-        return min(candidates, key=score)
+        if ridges is None:
+            ridges = self.grid().tolist()
+        return least("ridges", [check_number("ridges", r, zero=False) for r in ridges], score)
 
     def _inverse(self, ridge: float) -> Tensor:
         if ridge > 0:

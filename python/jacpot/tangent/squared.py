@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from jacpot.linalg import Interrupted, Solution, Status, solve
+from jacpot.linalg.arguments import check_limits
+from jacpot.linalg.solve import NAMED as GENERAL
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 from jacpot.tangent.preconditioners import Auto, Kronecker, TraceKernel
 
@@ -65,6 +67,8 @@ def fit_squared(
     Solution
         ``x`` is Δ (P,) in float64; ``details["dual"]`` is α (N·K,) where the dual was solved.
     """
+    check_limits(tol, max_iter)
+    preconditioner = named(preconditioner)
     r = residual.double().reshape(-1)
     method = _choose(method, jacobian, ridge)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "callback": callback}
@@ -72,7 +76,7 @@ def fit_squared(
         return _least_norm(jacobian, r, ridge, tol)
     if method == "lsmr":
         return solve(jacobian, r, damping=ridge, method="lsmr", x0=start, **options)
-    options["preconditioner"] = named(preconditioner)
+    options["preconditioner"] = preconditioner
     if method == "primal":
         rhs = jacobian.double().T @ r
         matrix = GaussNewtonOperator(jacobian)
@@ -89,10 +93,15 @@ def fit_squared(
 
 
 def named(preconditioner: Any) -> Any:
-    """Look up the names that only tangent fits have."""
-    if isinstance(preconditioner, str) and preconditioner in NAMED:
-        return NAMED[preconditioner]
-    return preconditioner
+    """Look up a preconditioner by its name; anything else is returned as it is."""
+    if not isinstance(preconditioner, str):
+        return preconditioner
+    known = {**GENERAL, **NAMED}
+    if preconditioner not in known:
+        raise ValueError(
+            f"argument 'preconditioner' must be one of {sorted(known)}, got {preconditioner!r}"
+        )
+    return known[preconditioner]
 
 
 def _from_dual(jacobian: JacobianOperator, solution: Solution) -> Solution:
