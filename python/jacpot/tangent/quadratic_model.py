@@ -125,4 +125,4 @@ class QuadraticModel:
         weights = -torch.linalg.solve(
             curvature + damping * torch.eye(len(slopes)).to(slopes), slopes
         )
-        return weights, -float(slopes @ weights + 0.5 * weights @ curvature @ weights)
+        return weights, -float(slopes @ weights + 0.5 * weights @ (curvature @ weights))

@@ -41,7 +41,15 @@ class Preconditioner:
 
 @dataclass(frozen=True)
 class Identity(Preconditioner):
-    """No preconditioning."""
+    """No preconditioning.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.linalg.preconditioners import Identity
+    >>> jacpot.solve(torch.eye(2), torch.ones(2), method="cg", preconditioner=Identity()).x
+    tensor([1., 1.], dtype=torch.float64)
+    """
 
     def prepare(self, operator: LinearOperator, damping: float) -> Prepared:  # noqa: D102
         return Prepared(None, "none")

@@ -36,6 +36,17 @@ class Nystrom(Preconditioner):
         What the factor may take.
     seed
         Of the sample.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.linalg.preconditioners import Nystrom
+    >>> points = torch.linspace(0, 1, 200, dtype=torch.float64)
+    >>> A, b = torch.exp(-(points[:, None] - points).square()), torch.sin(9 * points)
+    >>> plain = jacpot.solve(A, b, 1e-3, method="cg")
+    >>> helped = jacpot.solve(A, b, 1e-3, method="cg", preconditioner=Nystrom(rank=20))
+    >>> helped.preconditioner.split("(")[0], helped.iterations < plain.iterations
+    ('nystrom', True)
     """
 
     rank: int | None = None

@@ -24,6 +24,15 @@ class Auto(Preconditioner):
     Small systems are factored. Large duals take the adaptive Nyström approximation where the ridge
     covers the tail of the spectrum, and the trace kernel where it does not; large primals take
     Kronecker factors.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.tangent.preconditioners import Auto
+    >>> net, x, y = torch.nn.Linear(4, 1), torch.randn(20, 4), torch.randn(20, 1)
+    >>> options = {"ridge": 0.1, "method": "dual", "preconditioner": Auto()}
+    >>> jacpot.linearize(net).fit(x, y, **options).preconditioner
+    'auto: cholesky(float32) (20 unknowns)'
     """
 
     def prepare(self, operator: LinearOperator, damping: float) -> Prepared:
