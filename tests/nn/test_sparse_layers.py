@@ -369,3 +369,14 @@ def test_forced_methods_agree():
         assert result.stride() == ((30, 1) if i % 2 == 0 else (1, 20))
     with pytest.raises(ValueError, match="'method' must be"):
         jacpot.masked_matmul(x, values, pattern, method="fast")
+
+
+def test_arguments_of_another_type_are_refused():
+    with pytest.raises(TypeError, match=r"'module' must be an nn\.Module, got list"):
+        sparsify([])
+    with pytest.raises(TypeError, match="'masks' must map names to bool tensors, got list"):
+        sparsify(nn.Linear(2, 2), [])
+    with pytest.raises(TypeError, match="'values' must be bfloat16 like 'x', got float32"):
+        SparseConv2d(torch.ones(2, 2, 1, 1, dtype=torch.bool))(torch.ones(1, 2, 3, 3).bfloat16())
+    with pytest.raises(ValueError, match="'layout' must be 'row' or 'feature', got 'foo'"):
+        SparseLinear(torch.ones(2, 2, dtype=torch.bool), layout="foo")

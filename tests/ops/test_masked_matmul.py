@@ -332,3 +332,44 @@ def test_refusals():
         jacpot.masked_matmul(x, values.double(), pattern)
     with pytest.raises(TypeError, match="'x' must be float32 or float64, got int64"):
         jacpot.masked_matmul(x.long(), values.long(), pattern)
+
+
+@pytest.mark.parametrize("method", ["sparse", "dense", "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES])
+def test_no_dtype_is_converted_silently(dtype, method):
+    pattern = jacpot.Pattern(torch.ones(2, 3, dtype=torch.bool))
+    x, values = torch.ones(4, 3, dtype=dtype), torch.ones(6, dtype=dtype)
+    for other in {torch.int64, torch.bfloat16, *DTYPES} - {dtype}:
+        with pytest.raises(TypeError, match=r"'values' must be .* like 'x', got"):
+            jacpot.masked_matmul(x, values.to(other), pattern, method=method)
+        with pytest.raises(TypeError, match=r"'bias' must be .* like 'x', got"):
+            jacpot.masked_matmul(x, values, pattern, torch.ones(2, dtype=other), method=method)
+
+
+def test_takes_any_numpy_array_and_nothing_else():
+    mask = draw_mask((6, 4), 0.5, 0)
+    pattern = jacpot.Pattern(mask)
+    generator = np.random.default_rng(0)
+    x, values = generator.random((5, 4)), generator.random(pattern.nnz)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    for array in (x, x[::-1, ::-1], frozen):
+        expected = oracle.masked_matmul(
+            torch.tensor(array.copy()), torch.tensor(values[::-1].copy()), mask
+        )
+        result = jacpot.masked_matmul(array, values[::-1], pattern)
+        np.testing.assert_allclose(result, expected.numpy())
+    weight = pattern.expand(values[::-1])
+    assert isinstance(weight, np.ndarray)
+    np.testing.assert_array_equal(pattern.compress(weight), values[::-1])
+    tensors = torch.tensor(x), torch.tensor(values)
+    for wrong in (
+        (None, values, pattern),
+        (x.tolist(), values, pattern),
+        (x, None, pattern),
+        (tensors[0], values, pattern),
+        (x, tensors[1].requires_grad_(), pattern),
+        (*tensors, mask),
+    ):
+        with pytest.raises(TypeError, match=r"argument '(x|values|pattern)' must be"):
+            jacpot.masked_matmul(*wrong)

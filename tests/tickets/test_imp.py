@@ -255,3 +255,43 @@ def test_a_mask_to_begin_with():
     first = Mask.ones(net, include="0.weight")
     found = tickets.imp(net, train, rounds=1, mask=first)
     assert list(found.mask) == ["0.weight"]
+
+
+def other_score(module, mask):
+    return {name: -score for name, score in tickets.score.magnitude(module, mask).items()}
+
+
+def test_another_score_is_another_search(tmp_path):
+    net = torch.nn.Linear(4, 2)
+    tickets.imp(net, lambda net: None, 1, directory=tmp_path)
+    with pytest.raises(ValueError, match="holds a search with another score"):
+        tickets.imp(net, lambda net: None, 1, directory=tmp_path, score=other_score)
+
+
+def test_layers_may_empty_if_allowed():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-6)
+    seen = []
+    with pytest.raises(ValueError, match="allow_empty=True"):
+        tickets.imp(net, lambda net: None, 2, 0.5, on_round=seen.append)
+    assert len(seen) == 1
+    found = tickets.imp(net, lambda net: None, 2, 0.5, allow_empty=True)
+    assert [done.mask.nnz for done in found.rounds] == [32, 16, 8]
+
+
+def test_arguments_of_another_type_are_refused():
+    net = torch.nn.Linear(4, 2)
+    with pytest.raises(TypeError, match="'prune_fraction' must be a number, got 'a'"):
+        tickets.imp(net, lambda net: None, prune_fraction="a")
+    with pytest.raises(TypeError, match="'rewind' must be a name or a step, got True"):
+        tickets.imp(net, lambda net: None, rewind=True)
+
+
+def test_a_negative_seed_is_one_of_its_own():
+    numbers = []
+    for seed in (-1, 1):
+        tickets.imp(
+            torch.nn.Linear(4, 2), lambda net: numbers.append(torch.rand(()).item()), 0, seed=seed
+        )
+    assert numbers[0] != numbers[1]

@@ -54,3 +54,12 @@ def test_sign_agreement():
     assert tickets.sign_agreement(a, b)["all"] == pytest.approx(0.5, abs=0.03)
     mask = {"weight": torch.sign(a.weight) == torch.sign(b.weight)}
     assert tickets.sign_agreement(a, b, mask) == {"weight": 1.0, "all": 1.0}
+
+
+def test_full_masks_are_equal_and_both_are_checked():
+    full = {"w": torch.ones(3, dtype=torch.bool)}
+    assert tickets.overlap(full, full).excess == 1
+    empty = {"w": torch.zeros(3, dtype=torch.bool)}
+    assert tickets.overlap(empty, empty).excess == 1
+    with pytest.raises(TypeError, match="must hold bool tensors"):
+        tickets.overlap(full, {"w": torch.ones(3)})

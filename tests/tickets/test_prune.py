@@ -137,3 +137,17 @@ def test_iterative_pruning_scores_at_the_mask_so_far():
     mask = tickets.prune_iteratively(score, 0.01, steps=2)
     assert seen == [None, 10]
     assert mask["w"].nonzero().item() == 99
+
+
+def test_arguments_of_another_type_are_refused():
+    scores = {"w": torch.rand(4)}
+    with pytest.raises(TypeError, match="'density' must be a number, got 'x'"):
+        tickets.prune(scores, density="x")
+    with pytest.raises(TypeError, match="'w' must be a tensor, got ndarray"):
+        tickets.prune({"w": scores["w"].numpy()}, 0.5)
+    with pytest.raises(TypeError, match="'scores' must map names to tensors, got ndarray"):
+        tickets.prune(scores["w"].numpy(), 0.5)
+    with pytest.raises(TypeError, match="must hold bool tensors"):
+        tickets.prune(scores, 0.5, within={"w": torch.ones(4)})
+    with pytest.raises(TypeError, match="'masks' must map names to bool tensors, got list"):
+        tickets.Mask([torch.ones(4, dtype=torch.bool)])

@@ -218,3 +218,12 @@ def test_a_diverging_score_says_so():
     x, y = data(net)
     with pytest.raises(RuntimeError, match="not finite"):
         score.snip(net, x * float("inf"), y)
+
+
+def test_flow_refuses_indices():
+    net = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 2))
+    x = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match="indices of an embedding"):
+        tickets.score.synflow(net, x)
+    with pytest.raises(TypeError, match="indices of an embedding"):
+        tickets.inspect(net, tickets.Mask.ones(net), x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacpot.ops.masked_conv2d import Window, convolve, window_of
-from jacpot.ops.masked_matmul import product
+from jacpot.ops.masked_matmul import expand, product
 from jacpot.ops.pattern import Pattern
 
 __all__ = ["SparseConv2d", "SparseLinear", "zero_padding"]
@@ -18,7 +18,8 @@ __all__ = ["SparseConv2d", "SparseLinear", "zero_padding"]
 class _Sparse(nn.Module):
     """Values, bias and the compiled pattern, whose block is a buffer and so in `state_dict`.
 
-    A state of another pattern can be loaded: the values then take its size.
+    A state of another pattern can be loaded: the values then take its size. An optimizer that
+    keeps moments of them must be made anew, or load its own state too.
     """
 
     block: Tensor
@@ -57,7 +58,7 @@ class _Sparse(nn.Module):
         return self._dense(self.values)
 
     def _dense(self, values: Tensor) -> Tensor:
-        return self.pattern.expand(values).view(self.weight_shape)
+        return expand(values, self.pattern).view(self.weight_shape)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -72,7 +73,7 @@ class _Sparse(nn.Module):
                 )
             self.block, self._nnz = pattern.block.clone(), pattern.nnz
             if values is not None:
-                # In place, so that an optimizer that holds the parameter still holds it.
+                # In place, so that whoever holds the parameter still holds it.
                 self.values.data = self.values.data.new_empty(values.shape)
                 self.values.grad = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -122,6 +123,8 @@ class SparseLinear(_Sparse):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if layout not in ("row", "feature"):
+            raise ValueError(f"argument 'layout' must be 'row' or 'feature', got {layout!r}")
         pattern = mask if isinstance(mask, Pattern) else Pattern(mask)
         pattern = pattern if device is None else pattern.to(device)
         options: dict[str, Any] = {"dtype": dtype, "device": pattern.device}

@@ -39,6 +39,8 @@ def sparsify(module: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn
 
     Raises
     ------
+    TypeError
+        If an argument is of another type.
     KeyError
         If a mask names no parameter of the network.
     ValueError
@@ -55,6 +57,12 @@ def sparsify(module: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn
     >>> type(sparse[0]).__name__, type(sparse[2]).__name__
     ('SparseLinear', 'Linear')
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"argument 'module' must be an nn.Module, got {type(module).__name__}")
+    if masks is not None and not isinstance(masks, Mapping):
+        raise TypeError(
+            f"argument 'masks' must map names to bool tensors, got {type(masks).__name__}"
+        )
     if masks is None:
         masks = {
             f"{name}.weight" if name else "weight": layer.mask

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, Literal, TypeAlias
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["Kind", "as_kind", "as_tensor", "is_cupy", "kind_of", "like", "mask_of_sparse"]
+__all__ = [
+    "Kind",
+    "as_kind",
+    "as_tensor",
+    "expect_kind",
+    "is_cupy",
+    "kind_of",
+    "like",
+    "mask_of_sparse",
+]
 
 Kind: TypeAlias = Literal["torch", "numpy", "cupy"]
 
@@ -26,6 +37,18 @@ def kind_of(array: Any) -> Kind:
     return "cupy" if is_cupy(array) else "numpy"
 
 
+def expect_kind(name: str, array: Any, kind: Kind) -> None:
+    """Refuse what is no array, or another library's than ``kind`` says."""
+    if not isinstance(array, Tensor | numpy.ndarray) and not is_cupy(array):
+        raise TypeError(
+            f"argument {name!r} must be a NumPy, PyTorch or CuPy array, got {type(array).__name__}"
+        )
+    if kind_of(array) != kind:
+        raise TypeError(
+            f"argument {name!r} must be of {kind} like the others, got {kind_of(array)}"
+        )
+
+
 def as_tensor(array: Any) -> Tensor:
     """Give a NumPy or CuPy array as a tensor on the same memory.
 
@@ -34,7 +57,12 @@ def as_tensor(array: Any) -> Tensor:
     if is_cupy(array):
         tensor: Tensor = from_dlpack(array)
         return tensor
-    return torch.as_tensor(array)
+    if isinstance(array, numpy.ndarray) and any(stride < 0 for stride in array.strides):
+        array = array.copy()  # tensors have no negative strides
+    with warnings.catch_warnings():
+        # Nothing is written to what callers give.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(array)
 
 
 def like(result: Tensor, array: Any) -> Any:

@@ -119,6 +119,10 @@ def convolve(
         raise ValueError(
             f"argument 'x' is smaller than the kernel: {tuple(x.shape)} for {window.size}"
         )
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            expected, got = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
+            raise TypeError(f"argument {name!r} must be {expected} like 'x', got {got}")
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Sums are taken in float32.
         wide_bias = None if bias is None else bias.float()

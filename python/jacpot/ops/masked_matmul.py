@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacpot.ops import masked_matmul_operators as operators
-from jacpot.ops.arrays import as_tensor, like
+from jacpot.ops.arrays import as_tensor, expect_kind, kind_of, like
 from jacpot.ops.masked_matmul_operators import multiply
 from jacpot.ops.pattern import Pattern
 
@@ -75,9 +75,14 @@ def masked_matmul(
     Raises
     ------
     TypeError
-        If dtypes are not float32 or float64, or differ.
+        If dtypes are not those above, or differ, or arrays are of different libraries.
     ValueError
         If shapes or devices do not fit, or the layout is unknown.
+
+    Notes
+    -----
+    The sparse product leaves pruned weights out, the dense one multiplies with their zeros: where
+    x is infinite, the one gives infinity or a number, the other NaN.
 
     Examples
     --------
@@ -86,6 +91,14 @@ def masked_matmul(
     >>> jacpot.masked_matmul(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(3), pattern)
     tensor([[4., 3.]])
     """
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"argument 'pattern' must be a jacpot.Pattern, got {type(pattern).__name__}"
+        )
+    expect_kind("x", x, kind_of(x))
+    expect_kind("values", values, kind_of(x))
+    if bias is not None:
+        expect_kind("bias", bias, kind_of(x))
     if not isinstance(x, Tensor):
         arrays = [None if a is None else as_tensor(a) for a in (x, values, bias)]
         y = masked_matmul(
@@ -132,6 +145,10 @@ def product(
         raise ValueError(
             f"argument 'bias' must have shape ({out_features},), got {tuple(bias.shape)}"
         )
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            expected, got = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
+            raise TypeError(f"argument {name!r} must be {expected} like 'x', got {got}")
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Sums are taken in float32.
         wide = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacpot import _backend
-from jacpot.ops.arrays import mask_of_sparse
+from jacpot.ops.arrays import as_tensor, like, mask_of_sparse
 
 __all__ = ["Pattern"]
 
@@ -156,41 +156,42 @@ class Pattern:
     def mask(self) -> Tensor:
         """Return the boolean mask ``(out, in)`` that the pattern was compiled from."""
         ones = torch.ones(self.nnz, dtype=torch.float32, device=self.device)
-        return self.expand(ones).to(torch.bool)
+        mask: Tensor = self.expand(ones).to(torch.bool)
+        return mask
 
-    def compress(self, weight: Tensor) -> Tensor:
+    def compress(self, weight: Any) -> Any:
         """Gather the kept entries of a weight; differentiable.
 
         Parameters
         ----------
         weight
-            ``(out, in)``, bfloat16, float32 or float64.
+            ``(out, in)``, bfloat16, float32 or float64; NumPy, PyTorch or CuPy.
 
         Returns
         -------
-        Tensor
-            ``(nnz,)``, in row order.
+        Tensor, numpy.ndarray or cupy.ndarray
+            ``(nnz,)``, in row order, of the kind of the weight.
         """
         from jacpot.ops.masked_matmul import compress
 
-        return compress(weight, self)
+        return like(compress(as_tensor(weight), self), weight)
 
-    def expand(self, values: Tensor) -> Tensor:
+    def expand(self, values: Any) -> Any:
         """Put values in place, with zeros where nothing is kept; differentiable.
 
         Parameters
         ----------
         values
-            ``(nnz,)``, in row order; bfloat16, float32 or float64.
+            ``(nnz,)``, in row order; bfloat16, float32 or float64; NumPy, PyTorch or CuPy.
 
         Returns
         -------
-        Tensor
-            ``(out, in)``.
+        Tensor, numpy.ndarray or cupy.ndarray
+            ``(out, in)``, of the kind of the values.
         """
         from jacpot.ops.masked_matmul import expand
 
-        return expand(values, self)
+        return like(expand(as_tensor(values), self), values)
 
 
 def _allocate(size: int) -> Tensor:

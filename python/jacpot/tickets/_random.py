@@ -18,7 +18,7 @@ def seeded(*seeds: int) -> Iterator[int]:
 
     Gives the one 63-bit number that they were seeded with.
     """
-    high, low = numpy.random.SeedSequence([abs(seed) for seed in seeds]).generate_state(2)
+    high, low = numpy.random.SeedSequence([seed % 2**64 for seed in seeds]).generate_state(2)
     seed = ((int(high) & 0x7FFFFFFF) << 32) | int(low)
     python, legacy = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count())

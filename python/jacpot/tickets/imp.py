@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from rich.progress import track
@@ -41,6 +41,7 @@ def imp(
     mask: Mapping[str, Tensor] | None = None,
     score: Score = magnitude,
     seed: int = 0,
+    allow_empty: bool = False,
     on_round: Callable[[Round], None] | None = None,
     progress: bool = False,
 ) -> Tickets:
@@ -84,9 +85,14 @@ def imp(
     mask
         Where to begin; by default :meth:`jacpot.Mask.ones`.
     score
-        From (trained module, mask) to scores; higher stays.
+        From (trained module, mask) to scores; higher stays. ``directory`` tells scores apart by
+        their names.
     seed
         Of the training rounds.
+    allow_empty
+        Whether a parameter may lose its last weight: see :func:`jacpot.tickets.prune`. Unless
+        told, the search ends with an error there; ``directory`` and ``on_round`` have kept the
+        rounds before.
     on_round
         Called with each :class:`Round` when it is done or found done.
     progress
@@ -99,8 +105,11 @@ def imp(
 
     Raises
     ------
+    TypeError
+        If a fraction or ``rewind`` is of another type.
     ValueError
-        If an argument is out of range, or ``directory`` holds a search with other settings.
+        If an argument is out of range, a parameter would lose its last weight, or
+        ``directory`` holds a search with other settings.
 
     Examples
     --------
@@ -130,6 +139,7 @@ def imp(
         "rewind": rewind,
         "scope": scope,
         "seed": seed,
+        "score": _name(score),
         "weights": _digest(module.state_dict()),
         "mask": _digest(first),
     }
@@ -143,7 +153,7 @@ def imp(
         if path is not None and path.exists():
             done = Round.load(index, path)
         else:
-            done = _round(index, found, train, rewind, seed, first, settings, score)
+            done = _round(index, found, train, rewind, seed, first, settings, score, allow_empty)
             if path is not None:
                 done.save(path)
         found.rounds.append(done)
@@ -161,6 +171,7 @@ def _round(
     first: Mask,
     settings: dict[str, Any],
     score: Score,
+    allow_empty: bool,
 ) -> Round:
     network = copy.deepcopy(found.start)
     mask = first
@@ -168,7 +179,10 @@ def _round(
         last = found.rounds[-1]
         network.load_state_dict(last.state)
         mask = prune(
-            score(network, last.mask), _next_density(last.mask, settings), within=last.mask
+            score(network, last.mask),
+            _next_density(last.mask, settings),
+            within=last.mask,
+            allow_empty=allow_empty,
         )
         if rewind != "learning-rate":
             network = copy.deepcopy(found.start)
@@ -223,6 +237,11 @@ def _claim(store: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def _name(score: Score) -> str:
+    kind = score if hasattr(score, "__qualname__") else type(score)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -242,8 +261,12 @@ def _check(
     if rounds < 0:
         raise ValueError(f"argument 'rounds' must be at least 0, got {rounds}")
     for name, fraction in {"prune_fraction": prune_fraction, **(layer_fractions or {})}.items():
+        if not isinstance(fraction, SupportsFloat):
+            raise TypeError(f"the fraction of {name!r} must be a number, got {fraction!r}")
         if not 0 < fraction < 1:
             raise ValueError(f"the fraction of {name!r} must lie in (0, 1), got {fraction}")
+    if isinstance(rewind, bool):
+        raise TypeError(f"argument 'rewind' must be a name or a step, got {rewind!r}")
     if rewind not in ("init", "learning-rate") and not (isinstance(rewind, int) and rewind >= 0):
         raise ValueError(
             f"argument 'rewind' must be 'init', 'learning-rate' or a step >= 0, got {rewind!r}"

@@ -50,6 +50,10 @@ class Mask(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        if not isinstance(masks, Mapping):
+            raise TypeError(
+                f"argument 'masks' must map names to bool tensors, got {type(masks).__name__}"
+            )
         self._masks: dict[str, Tensor] = {}
         for name, mask in masks.items():
             if not isinstance(name, str):

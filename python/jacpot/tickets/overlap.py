@@ -56,7 +56,7 @@ class Overlap:
     def excess(self) -> float:
         """Jaccard index over chance: 0 for independent masks, 1 for equal ones."""
         room = 1 - self.expected_jaccard
-        return (self.jaccard - self.expected_jaccard) / room if room else 0.0
+        return (self.jaccard - self.expected_jaccard) / room if room else 1.0
 
     def table(self, title: str | None = None) -> Table:
         """By parameter, to print with rich."""
@@ -77,6 +77,8 @@ def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Overlap:
 
     Raises
     ------
+    TypeError
+        If a mask is not bool.
     ValueError
         If names or shapes differ.
 
@@ -90,9 +92,10 @@ def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Overlap:
     >>> round(found.jaccard, 3), round(found.expected_jaccard, 3)
     (0.333, 0.333)
     """
+    a, b = Mask(a), Mask(b)
     check_same_layout("b", b, a)
     layers = {}
-    for name, kept in Mask(a).items():
+    for name, kept in a.items():
         other = b[name].to(kept.device)
         first, second, numel = int(kept.sum()), int(other.sum()), kept.numel()
         chance = first * second / numel if numel else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def prune(
     Raises
     ------
     TypeError
-        If a score is complex or bool.
+        If a score is no tensor, complex or bool, ``density`` no number, or ``within`` not bool.
     ValueError
         If a score is not finite, ``density`` is out of range, ``within`` keeps too few weights, or
         input and output would be cut apart.
@@ -77,9 +77,12 @@ def prune(
     >>> tickets.prune(scores, density=0.5, scope="layer")["a"].tolist()
     [True, False, True, False]
     """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"argument 'scores' must map names to tensors, got {type(scores).__name__}")
     flat = {name: _checked_scores(name, score) for name, score in scores.items()}
     allowed = {name: torch.ones_like(s, dtype=torch.bool) for name, s in flat.items()}
     if within is not None:
+        within = Mask(within)
         check_same_layout("within", within, scores)
         allowed = {name: within[name].to(s.device).flatten() for name, s in flat.items()}
     room = {name: int(mask.sum()) for name, mask in allowed.items()}
@@ -175,6 +178,8 @@ def prune_iteratively(
 
 
 def _checked_scores(name: str, score: Tensor) -> Tensor:
+    if not isinstance(score, Tensor):
+        raise TypeError(f"argument 'scores': {name!r} must be a tensor, got {type(score).__name__}")
     if score.is_complex() or score.dtype == torch.bool:
         raise TypeError(f"argument 'scores': {name!r} must be real numbers, got {score.dtype}")
     if not bool(torch.isfinite(score).all()):
@@ -183,6 +188,8 @@ def _checked_scores(name: str, score: Tensor) -> Tensor:
 
 
 def _checked_count(argument: str, density: float, numel: int) -> int:
+    if not isinstance(density, SupportsFloat):
+        raise TypeError(f"argument {argument!r} must be a number, got {density!r}")
     if not 0 <= density <= 1:
         raise ValueError(f"argument {argument!r} must lie in [0, 1], got {density}")
     return math.floor(density * numel + 0.5)

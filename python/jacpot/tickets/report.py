@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacpot.tickets.mask import Mask
 from jacpot.tickets.parametrization import checked_mask, remove
-from jacpot.tickets.score._functional import call, preserved
+from jacpot.tickets.score._functional import call, preserved, refuse_indices
 
 __all__ = ["PathReport", "inspect"]
 
@@ -89,6 +89,11 @@ def inspect(module: nn.Module, mask: Mapping[str, Tensor], x: Tensor) -> PathRep
     -------
     PathReport
 
+    Raises
+    ------
+    TypeError
+        If the input is indices of an embedding.
+
     Examples
     --------
     >>> import torch
@@ -100,6 +105,7 @@ def inspect(module: nn.Module, mask: Mapping[str, Tensor], x: Tensor) -> PathRep
     >>> report.effective.densities, report.disconnected_units
     ({'0.weight': 0.5, '2.weight': 0.5}, {'0.weight': 1, '2.weight': 0})
     """
+    refuse_indices(module, x)
     kept = checked_mask(module, mask)
     network = remove(copy.deepcopy(module))
     statistics = {

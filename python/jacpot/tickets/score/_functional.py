@@ -13,7 +13,7 @@ from jacpot.tickets._names import canonical_name, named_parameters
 from jacpot.tickets.mask import Mask
 from jacpot.tickets.parametrization import checked_mask
 
-__all__ = ["Loss", "Transform", "call", "preserved", "scored_parameters"]
+__all__ = ["Loss", "Transform", "call", "preserved", "refuse_indices", "scored_parameters"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Transform = Callable[[str, Tensor], Tensor]
@@ -66,3 +66,14 @@ def preserved(module: nn.Module, training: bool | None = None) -> Iterator[None]
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+def refuse_indices(module: nn.Module, x: Tensor) -> None:
+    """Refuse an input of indices where real numbers are to flow from the input on."""
+    if not x.is_floating_point() and any(
+        isinstance(child, nn.Embedding | nn.EmbeddingBag) for child in module.modules()
+    ):
+        raise TypeError(
+            "argument 'x' holds indices of an embedding, from which nothing flows: give a module "
+            f"that takes vectors, as floating-point numbers, got {x.dtype}"
+        )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from jacpot.tickets.score._functional import call, preserved, scored_parameters
+from jacpot.tickets.score._functional import call, preserved, refuse_indices, scored_parameters
 
 __all__ = ["synflow"]
 
@@ -41,6 +41,8 @@ def synflow(
 
     Raises
     ------
+    TypeError
+        If the input is indices of an embedding.
     RuntimeError
         If the flow is not finite even in float64.
 
@@ -64,6 +66,7 @@ def synflow(
             return torch.zeros_like(tensor, dtype=torch.float64)
         return tensor.double().abs()
 
+    refuse_indices(module, x)
     buffers = {name for name, _ in module.named_buffers()}
     scored = {n: w.double().abs() for n, w in scored_parameters(module, mask).items()}
     ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
