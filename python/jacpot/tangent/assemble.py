@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -190,12 +191,14 @@ def _joined(found: Sequence[Term]) -> Outer | None:
     if not weights or len(weights) != len(found):
         return None
     first = weights[0]
-    if any((w.shape, w.transposed) != (first.shape, first.transposed) for w in weights):
+    kind = first.shape, first.transposed, first.pattern
+    if any((w.shape, w.transposed, w.pattern) != kind for w in weights):
         return None
     activations = _contiguous([w.written for w in weights], 1)
     if len(weights) == 1 and _positions_innermost(first.signals):
-        return Outer(activations, first.signals, first.transposed)
-    return Outer(activations, _contiguous([w.signals for w in weights], 2), first.transposed)
+        return dataclasses.replace(first, activations=activations)
+    signals = _contiguous([w.signals for w in weights], 2)
+    return dataclasses.replace(first, activations=activations, signals=signals)
 
 
 def _positions_innermost(signals: Tensor) -> bool:
@@ -240,13 +243,16 @@ def _layout(
 ) -> tuple[Pattern | None, Tensor | None]:
     """Pattern of the ``(G·O, I)`` block, and the columns' order if it is not the parameter's."""
     if column.kept is None and not weight.transposed:
-        return None, None
+        return weight.pattern, None
     g, o, i = weight.shape
     # rank among the kept elements, -1 for the others; where the block has each element
     rank = torch.arange(g * o * i)
     if column.kept is not None:
+        kept = column.kept.cpu()
+        if weight.pattern is not None:  # of the elements that there are at all
+            kept = weight.pattern.mask().flatten().nonzero().squeeze(1).cpu()[kept]
         rank = torch.full((g * o * i,), -1)
-        rank[column.kept.cpu()] = torch.arange(len(column.kept))
+        rank[kept] = torch.arange(len(kept))
     if weight.transposed:
         rank = rank.view(g, i, o).transpose(1, 2).flatten()
     order = rank[rank >= 0] if weight.transposed else None

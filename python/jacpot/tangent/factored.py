@@ -31,6 +31,8 @@ class Jacobian:
     ----------
     outputs
         The network's outputs at these examples, ``(N, K)``, detached.
+    output_shape
+        Shape of one example's outputs as the network gives them, of K elements.
     blocks
         The factored blocks (see `jacpot.ops.jacobian`), in the order of the columns.
 
@@ -50,8 +52,10 @@ class Jacobian:
         blocks: Sequence[Block],
         columns: Columns,
         orders: Sequence[Tensor | None] | None = None,
+        output_shape: Sequence[int] | None = None,
     ) -> None:
         self.outputs = outputs
+        self.output_shape = torch.Size(outputs.shape[1:] if output_shape is None else output_shape)
         self.blocks = list(blocks)
         self._columns = columns
         self._orders = list(orders) if orders is not None else [None] * len(self.blocks)
@@ -152,9 +156,7 @@ class Jacobian:
         ValueError
             If it has another shape, or names other parameters.
         """
-        vector = self.flatten(v) if isinstance(v, Mapping) else v
-        if not isinstance(vector, Tensor):
-            return NotImplemented
+        vector = self.flatten(v) if isinstance(v, Mapping) else _tensor("v", v)
         self._check("v", vector, (self.n_parameters,))
         if not self.blocks:
             return self.outputs.new_zeros(*self.outputs.shape, *vector.shape[1:])
@@ -351,13 +353,18 @@ class JacobianTranspose:
         ValueError
             If it has another shape.
         """
-        if not isinstance(u, Tensor):
-            return NotImplemented
-        return self.T._transposed(u)
+        return self.T._transposed(_tensor("u", u))
 
     def to_operator(self) -> LinearOperator:
         """Give Jᵀ as the operator ``(P, N·K)`` that `jacpot.solve` takes."""
         return self.T.to_operator().T
+
+
+def _tensor(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        got = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise TypeError(f"argument {name!r} must be a torch.Tensor, got {got}")
+    return x
 
 
 def joined(parts: Sequence[Jacobian]) -> Jacobian:
@@ -368,9 +375,9 @@ def joined(parts: Sequence[Jacobian]) -> Jacobian:
     outputs = torch.cat([part.outputs for part in parts])
     if all(first._matches(part) and _as_long(first, part) for part in parts):
         blocks = [_joined_block(same) for same in zip(*(p.blocks for p in parts), strict=True)]
-        return Jacobian(outputs, blocks, first._columns, first._orders)
+        return Jacobian(outputs, blocks, first._columns, first._orders, first.output_shape)
     blocks, orders = stacked([part._pieces() for part in parts])
-    return Jacobian(outputs, blocks, first._columns, orders)
+    return Jacobian(outputs, blocks, first._columns, orders, first.output_shape)
 
 
 def _as_long(a: Jacobian, b: Jacobian) -> bool:

@@ -15,7 +15,7 @@ from jacpot.linalg import Solution
 from jacpot.linalg.arguments import check_number
 from jacpot.ops.jacobian import gram
 from jacpot.tangent.jacobian import Jacobian
-from jacpot.tangent.losses import LOSSES
+from jacpot.tangent.losses import LOSSES, flat_targets
 from jacpot.tangent.operators import JacobianOperator
 from jacpot.tangent.posterior import Posterior
 from jacpot.tangent.spectrum import Spectrum, least
@@ -174,12 +174,13 @@ class Fit(Solution):
         problem, spectrum = self._squared(), self.spectrum
         self._needs_ridge()
         k = problem.jacobian.n_outputs
-        cross = cross_kernel(problem, problem.capture(x))
+        at_x = problem.capture(x)
+        cross = cross_kernel(problem, at_x)
         inverse = (spectrum.vectors * spectrum._inverse(self.ridge)) @ spectrum.vectors.T
         left_out = self._weighted_leave_one_out()
         pulled = (cross @ inverse).reshape(cross.shape[0], *left_out.shape)
         change = -torch.einsum("mnk,nk->mn", pulled, left_out)
-        return change.reshape(len(x), k, len(left_out))
+        return change.reshape(at_x.n_examples, k, len(left_out))
 
     def posterior(self) -> Posterior:
         """Treat the fit as a Gaussian process: prior ``Δ ~ N(0, I)``, noise variance ``ridge``."""
@@ -232,6 +233,7 @@ def validation_error(
     """Give the function from what ``dual`` takes (a ridge, a time) to the squared error."""
     other = problem.capture(x)
     cross = cross_kernel(problem, other)
+    y = flat_targets(y, other.outputs, other.output_shape)
     wanted = LOSSES["mse"].check(y, other.outputs) - other.outputs.double()
     return lambda value: float(
         ((cross @ dual(value)).reshape(wanted.shape) - wanted).square().sum()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from jacpot.linalg import Status
+from jacpot.nn.worn import merged_mask, plain_parameters
 from jacpot.tangent.batches import Batches
 from jacpot.tangent.jacobian import jacobian
-from jacpot.tangent.linearize import checked_mask
 from jacpot.tangent.losses import Loss, get_loss
 from jacpot.tangent.quadratic_model import QuadraticModel
 
@@ -205,12 +205,14 @@ class _Objective:
     def __init__(
         self, module: nn.Module, x: Tensor, y: Tensor, loss: Loss, mask: Mapping[str, Tensor] | None
     ) -> None:
-        mask = checked_mask(module, mask)  # before anything is changed
+        mask = merged_mask(module, mask)  # before anything is changed
         self.module, self.x, self.y, self.loss, self.mask = module, x, y, loss, mask
-        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        every = plain_parameters(module)
+        self.parameters = {name: p for name, (_, p) in every.items() if p.requires_grad}
+        self._own_names = {name: own_name for name, (own_name, _) in every.items()}
         with torch.no_grad():
             for name, kept in mask.items():
-                module.get_parameter(name).mul_(kept)
+                every[name][1].masked_fill_(~kept, 0)
 
     def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel | None:
         """Give the quadratic model at the module's parameters; None where there is nothing."""
@@ -238,7 +240,8 @@ class _Objective:
     @torch.no_grad()
     def mean(self, weights: Mapping[str, Tensor], examples: slice | Tensor) -> float:
         """Evaluate the loss at other parameters; the module keeps its own."""
-        outputs = functional_call(self.module, dict(weights), (self.x[examples],))
+        own = {self._own_names[name]: weight for name, weight in weights.items()}
+        outputs = functional_call(self.module, own, (self.x[examples],))
         outputs = outputs.reshape(len(outputs), -1).double()
         targets = self.loss.check(self.y[examples], outputs)
         return float(self.loss.value(outputs, targets).mean())

@@ -39,7 +39,8 @@ def jacobian(
         Examples ``(N, ...)``; a tuple or a dict of such tensors for a module of several inputs.
     mask
         Bool tensors by parameter name; what it does not name is kept whole. The network is
-        evaluated at the masked parameters.
+        evaluated at the masked parameters. A module that wears a mask (`jacpot.tickets.apply`) is
+        its plain network with that mask, which this one may refine.
     wrt
         ``"kept"``: a column for each kept parameter. ``"all"``: pruned ones have theirs too.
     output
@@ -149,5 +150,6 @@ class JacobianSource:
                 x, targets = take(x, examples), take(targets, examples)
             for part in capture(self.network, x, targets, self.probe, self.memory_budget):
                 blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
-                parts.append(Jacobian(part.outputs, blocks, self.columns, orders))
+                shape = self.network.output_shape
+                parts.append(Jacobian(part.outputs, blocks, self.columns, orders, shape))
         return joined(parts)

@@ -16,9 +16,20 @@ from torch.func import functional_call, jvp
 
 from jacpot.linalg import Interrupted, Solution
 from jacpot.linalg.arguments import check_limits, check_number
+from jacpot.nn.worn import checked_mask, merged_mask, plain_parameters
 from jacpot.tangent.fit import Fit, Problem, validation_error
 from jacpot.tangent.jacobian import jacobian
-from jacpot.tangent.losses import Loss, Weighted, get_loss
+from jacpot.tangent.losses import Loss, Weighted, flat_targets, get_loss
+from jacpot.tangent.network import (
+    Inputs,
+    Output,
+    arguments,
+    n_examples,
+    one_at_a_time,
+    part_of,
+    refuse_batch_dependence,
+    refuse_replicas,
+)
 from jacpot.tangent.newton import fit_convex
 from jacpot.tangent.operators import JacobianOperator
 from jacpot.tangent.progress import Callback, observing
@@ -50,28 +61,44 @@ class LinearizedModule(nn.Module):
     True
     """
 
-    def __init__(self, module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mask: Mapping[str, Tensor] | None = None,
+        output: Output | None = None,
+    ) -> None:
         super().__init__()
-        base = copy.deepcopy(module)
-        names = [name for name, p in base.named_parameters() if p.requires_grad]
-        if not names:
-            raise ValueError("argument 'module' has no parameters that require a gradient")
-        self.mask = checked_mask(base, mask)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}"
+            )
+        refuse_replicas(module)
+        refuse_batch_dependence(module)
+        self.output = output
+        with torch.inference_mode(False):
+            self._expand(copy.deepcopy(module), mask)
+        _load_forward_mode()
+
+    def _expand(self, base: nn.Module, mask: Mapping[str, Tensor] | None) -> None:
+        every = plain_parameters(base)
+        self.mask = merged_mask(base, mask)
         with torch.no_grad():
             for name, kept in self.mask.items():
-                base.get_parameter(name).mul_(kept)
+                every[name][1].masked_fill_(~kept, 0)
+        point = {name: (own, p) for name, (own, p) in every.items() if p.requires_grad}
+        if not point:
+            raise ValueError("argument 'module' has no parameters that require a gradient")
         # Not a submodule: the expansion point is no parameter of the linearized network.
         object.__setattr__(self, "base", base)
         self.base: nn.Module
-        self._names = names
+        self._names = {name: own for name, (own, _) in point.items()}  # as the base calls them
         # A parameter's name may not hold a dot.
         self.deltas = nn.ParameterDict(
             {
-                name.replace(".", "/"): nn.Parameter(torch.zeros_like(base.get_parameter(name)))
-                for name in names
+                name.replace(".", "/"): nn.Parameter(torch.zeros_like(parameter))
+                for name, (_, parameter) in point.items()
             }
         )
-        _load_forward_mode()
 
     @property
     def delta(self) -> dict[str, Tensor]:
@@ -98,10 +125,19 @@ class LinearizedModule(nn.Module):
         ------
         KeyError
             For a name that is no trainable parameter of the module.
+        ValueError
+            For a tensor of another shape than the parameter.
         """
         unknown = set(delta) - set(self._names)
         if unknown:
             raise KeyError(f"argument 'delta' names {sorted(unknown)}, which are no parameters")
+        for name, value in delta.items():
+            shape = self.deltas[name.replace(".", "/")].shape
+            if value.shape != shape:
+                raise ValueError(
+                    f"argument 'delta' must have shape {tuple(shape)} for {name!r}, got "
+                    f"{tuple(value.shape)}"
+                )
         for name in self._names:
             target = self.deltas[name.replace(".", "/")]
             if name in delta:
@@ -121,19 +157,22 @@ class LinearizedModule(nn.Module):
         RuntimeError, ValueError, TypeError
             If they are those of a network of other parameters.
         """
-        mask = checked_mask(self.base, state["mask"])
+        every = plain_parameters(self.base, remove_duplicate=False)
+        mask = checked_mask({name: p for name, (_, p) in every.items()}, state["mask"])
         self.base.load_state_dict(state["base"])
         self.mask = mask
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Evaluate the linearized network; differentiable in Δ."""
-        point = {name: self.base.get_parameter(name).detach() for name in self._names}
+        change = {self._names[name]: value for name, value in self._displacement().items()}
 
         def outputs(parameters: dict[str, Tensor]) -> Any:
-            return functional_call(self.base, parameters, (x,))
+            return part_of(functional_call(self.base, parameters, *arguments(x)), self.output)
 
-        value, change = jvp(outputs, (point,), (self._displacement(),))  # type: ignore[misc]
-        result: Tensor = value + change
+        with one_at_a_time:  # other tensors are in the place of the base's parameters
+            point = {own: self.base.get_parameter(own).detach() for own in self._names.values()}
+            value, derivative = jvp(outputs, (point,), (change,))  # type: ignore[misc]
+            result: Tensor = value + derivative
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearizedModule:
@@ -144,7 +183,7 @@ class LinearizedModule(nn.Module):
 
     def fit(
         self,
-        x: Tensor,
+        x: Inputs,
         y: Tensor,
         loss: str | Loss = "mse",
         ridge: float | str = 0.0,
@@ -165,10 +204,10 @@ class LinearizedModule(nn.Module):
         Parameters
         ----------
         x
-            Inputs, (N, ...).
+            Inputs, (N, ...); a tuple or a dict of them for a module of several.
         y
-            Targets: of the shape of the outputs, (N, K), or (N,) when K = 1; labels (N,) int64 for
-            ``"cross_entropy"``.
+            Targets: of the shape of the outputs, or (N, K), or (N,) when K = 1; labels (N,) int64
+            for ``"cross_entropy"``.
         loss
             ``"mse"`` (``½ ‖·‖²`` for each example), ``"cross_entropy"``, ``"logistic"``,
             ``"huber"``, or an object like `jacpot.tangent.losses.ConvexLoss`.
@@ -229,8 +268,9 @@ class LinearizedModule(nn.Module):
         check_limits(tol, max_iter)
         chosen = get_loss(loss)
         name = loss if isinstance(loss, str) else type(loss).__name__
-        capture = functools.partial(jacobian, self.base, mask=self.mask or None)
-        columns = capture(x)
+        capture = functools.partial(jacobian, self.base, mask=self.mask or None, output=self.output)
+        columns, n = capture(x), n_examples(x)
+        y = flat_targets(y, columns.outputs, columns.output_shape)
         targets = chosen.check(y, columns.outputs)
         operator = JacobianOperator(
             columns.blocks,
@@ -238,9 +278,9 @@ class LinearizedModule(nn.Module):
             columns.n_outputs,
             device=columns.outputs.device,
         )
-        if batch_size is not None and len(x):
+        if batch_size is not None and n:
             operator = StreamedJacobian(capture, x, batch_size)
-        root = _checked_weights(weights, len(x))
+        root = _checked_weights(weights, n)
         errors = residual = torch.zeros_like(columns.outputs, dtype=torch.float64)
         if name == "mse":
             errors = residual = targets - columns.outputs.double()
@@ -305,17 +345,25 @@ class LinearizedModule(nn.Module):
         return torch.cat(parts).double() if parts else flat.double()
 
 
-def linearize(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> LinearizedModule:
+def linearize(
+    module: nn.Module,
+    mask: Mapping[str, Tensor] | None = None,
+    output: Output | None = None,
+) -> LinearizedModule:
     """Expand a network to first order in its parameters.
 
     Parameters
     ----------
     module
-        Any module whose forward takes one tensor; it is copied, so that training it later does
-        not move the expansion point.
+        Any module; it is copied, as it is, so that training it later does not move the expansion
+        point. Of several inputs, it is called with a tuple or a dict of them.
     mask
         Bool tensors by parameter name; the network is evaluated at the masked parameters and
-        only kept ones may move. What it does not name is kept whole.
+        only kept ones may move. What it does not name is kept whole, or as a mask that the module
+        wears (`jacpot.tickets.apply`) has it.
+    output
+        Which part of what the module gives, if that is a tuple or a dict: an index, a key, or a
+        function of it.
 
     Returns
     -------
@@ -325,7 +373,8 @@ def linearize(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> Li
     Raises
     ------
     ValueError, TypeError
-        If the mask does not fit the module's parameters.
+        If the mask does not fit the module's parameters, or outputs depend on other examples or on
+        chance (BatchNorm in training mode, active dropout).
 
     Notes
     -----
@@ -340,7 +389,7 @@ def linearize(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> Li
     >>> bool(torch.allclose(lin(x), net(x)))
     True
     """
-    return LinearizedModule(module, mask)
+    return LinearizedModule(module, mask, output)
 
 
 @functools.cache
@@ -349,25 +398,6 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
-
-
-def checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    parameters = dict(module.named_parameters())
-    out = {}
-    for name, kept in dict(mask or {}).items():
-        if name not in parameters:
-            raise ValueError(f"argument 'mask' names {name!r}, no parameter of the module")
-        if kept.dtype != torch.bool:
-            raise TypeError(
-                f"argument 'mask' must hold bool tensors, got {kept.dtype} for {name!r}"
-            )
-        if kept.shape != parameters[name].shape:
-            raise ValueError(
-                f"argument 'mask' must have shape {tuple(parameters[name].shape)} for {name!r}, "
-                f"got {tuple(kept.shape)}"
-            )
-        out[name] = kept.to(parameters[name].device)
-    return out
 
 
 def _checked_weights(weights: Tensor | None, n: int) -> Tensor | None:

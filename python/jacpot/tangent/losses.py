@@ -18,6 +18,7 @@ __all__ = [
     "Loss",
     "SquaredError",
     "Weighted",
+    "flat_targets",
     "get_loss",
 ]
 
@@ -39,6 +40,18 @@ class Loss(Protocol):
 
     def root(self, f: Tensor, y: Tensor) -> Tensor:
         """Give S (N, K, K) with the Hessian ``S Sᵀ``."""
+
+
+def flat_targets(y: Tensor, outputs: Tensor, shape: torch.Size) -> Tensor:
+    """Targets (N, *shape) of outputs with several axes as (N, K); others as they are."""
+    if not isinstance(y, Tensor) or y.ndim < 3:
+        return y
+    if y.shape != (len(outputs), *shape):
+        raise ValueError(
+            f"argument 'y' must have shape {(len(outputs), *shape)} like the outputs, got "
+            f"{tuple(y.shape)}"
+        )
+    return y.reshape(outputs.shape)
 
 
 def _check_floats(y: Tensor, outputs: Tensor, name: str) -> Tensor:

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jacpot.nn.worn import merged_mask, plain_parameters
+
 __all__ = [
     "Inputs",
     "Network",
     "Output",
+    "arguments",
     "n_examples",
+    "one_at_a_time",
     "over_tensors",
+    "part_of",
     "recording",
+    "refuse_batch_dependence",
+    "refuse_replicas",
     "take",
     "tensors",
 ]
@@ -82,6 +89,34 @@ def take(x: Any, index: slice | Tensor) -> Any:
     return over_tensors(x, part)
 
 
+def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments to call a module of one or several inputs with."""
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return ((x,) if isinstance(x, Tensor) else tuple(x)), {}
+
+
+def part_of(result: Any, output: Output | None, targets: Any = None) -> Tensor:
+    """Give the part of what a module gave that ``output`` names.
+
+    Raises
+    ------
+    TypeError
+        If that is no tensor.
+    """
+    if callable(output):
+        result = output(result) if targets is None else output(result, targets)
+    elif output is not None:
+        result = result[output]
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            "argument 'module' must give a torch.Tensor, got "
+            f"{type(result).__name__}; choose a part of it with output=, a key, an index or a "
+            "function"
+        )
+    return result
+
+
 class Network:
     """A module at fixed parameters, as a function of examples: ``(N, K)`` outputs.
 
@@ -90,7 +125,8 @@ class Network:
     module
         The network. Neither it nor its tensors are ever written to.
     mask
-        Bool tensors by parameter name; the network is evaluated at the masked parameters.
+        Bool tensors by parameter name; the network is evaluated at the masked parameters. A module
+        that wears a mask is its plain network with that mask, and this one may only refine it.
     output
         Which part of what the module gives: a key, an index, or a function of it (and of the
         targets, if there are any).
@@ -101,6 +137,8 @@ class Network:
         By name those that require gradients, masked and detached: the columns of the Jacobian.
     state
         By name all parameters, masked and detached, and copies of the buffers.
+    output_shape
+        Shape of one example's output, from when the network is first called.
 
     Raises
     ------
@@ -119,16 +157,21 @@ class Network:
             raise TypeError(
                 f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}"
             )
+        refuse_replicas(module)
         refuse_batch_dependence(module)
         self.module, self.output = module, output
-        every = dict(module.named_parameters())
-        self.mask = checked_mask(module, mask)
+        self.output_shape = torch.Size()
+        self.mask = merged_mask(module, mask)
         self.parameters: dict[str, Tensor] = {}
         self.state: dict[str, Tensor] = {}
-        for name, parameter in every.items():
-            value = parameter.detach()
+        self._own_names: dict[str, str] = {}
+        every = plain_parameters(module)
+        for name, (own_name, parameter) in every.items():
+            self._own_names[name] = own_name
+            # what was made in inference mode is of no use outside it, but its copy is
+            value = parameter.clone() if parameter.is_inference() else parameter.detach()
             if name in self.mask:
-                value = value * self.mask[name]
+                value = torch.where(self.mask[name], value, 0)
             self.state[name] = value
             if parameter.requires_grad:
                 self.parameters[name] = value
@@ -152,21 +195,11 @@ class Network:
 
         Gradients are recorded whatever the caller's mode, and autocast is off.
         """
-        args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
-        kwargs = dict(x) if isinstance(x, Mapping) else {}
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        state = {**buffers, **self.state, **(parameters or {})}
-        result = torch.func.functional_call(self.module, state, args, kwargs)
-        if callable(self.output):
-            result = self.output(result) if targets is None else self.output(result, targets)
-        elif self.output is not None:
-            result = result[self.output]
-        if not isinstance(result, Tensor):
-            raise TypeError(
-                "argument 'module' must give a torch.Tensor, got "
-                f"{type(result).__name__}; choose a part of it with output=, a key, an index or a "
-                "function"
-            )
+        values = {**self.state, **(parameters or {})}
+        state = {**buffers, **{self._own_names[name]: value for name, value in values.items()}}
+        result = torch.func.functional_call(self.module, state, *arguments(x))
+        result = part_of(result, self.output, targets)
         if not result.is_floating_point():
             raise TypeError(f"the module's output must be floating point, got {result.dtype}")
         n = n_examples(x)
@@ -175,18 +208,19 @@ class Network:
                 f"the module's output must have a leading axis of {n} examples like its input, got "
                 f"shape {tuple(result.shape)}"
             )
-        return result.reshape(n, result.shape[1:].numel())
+        self.output_shape = result.shape[1:]
+        return result.reshape(n, self.output_shape.numel())
 
 
 # A network is evaluated with other tensors in the place of its parameters, and seen by what they
 # are: two threads that do so to one module, or to modules that share layers, would see each other.
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()
 
 
 @contextmanager
 def recording() -> Iterator[None]:
     """Record gradients, without autocast, whatever modes the caller is in; one thread at a time."""
-    with _one_at_a_time, ExitStack() as stack:
+    with one_at_a_time, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # the one attention whose derivatives take a batch of cotangents
@@ -197,44 +231,21 @@ def recording() -> Iterator[None]:
         yield
 
 
-def checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Check a mask against the module; tied parameters go by their first name.
+def refuse_replicas(module: nn.Module) -> None:
+    """Refuse `nn.DataParallel` and its like, which run copies of the module they hold.
 
     Raises
     ------
-    TypeError
-        If it is no mapping of bool tensors.
     ValueError
-        If it names no parameter of the module, or has another shape.
+        With the cure.
     """
-    if mask is None:
-        return {}
-    if not isinstance(mask, Mapping):
-        raise TypeError(
-            "argument 'mask' must be a mapping from parameter names to bool tensors, got "
-            f"{type(mask).__name__}"
-        )
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    every = dict(module.named_parameters(remove_duplicate=False))
-    checked: dict[str, Tensor] = {}
-    for name, kept in mask.items():
-        if name not in every:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            kind, where = type(layer).__name__, f" (at {name!r})" if name else ""
             raise ValueError(
-                f"argument 'mask' must name parameters of the module, got {name!r}; it has "
-                f"{', '.join(map(repr, every)) or 'none'}"
+                f"argument 'module' must be no {kind}{where}, which runs copies of the network: "
+                "give the network itself, its .module"
             )
-        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
-            got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
-            raise TypeError(f"argument 'mask' must hold bool tensors, got {got} for {name!r}")
-        if kept.shape != every[name].shape:
-            raise ValueError(
-                f"argument 'mask' must have the parameter's shape {tuple(every[name].shape)} for "
-                f"{name!r}, got {tuple(kept.shape)}"
-            )
-        primary = first[id(every[name])]
-        kept = kept.to(every[name].device)
-        checked[primary] = kept & checked[primary] if primary in checked else kept
-    return checked
 
 
 def refuse_batch_dependence(module: nn.Module) -> None:

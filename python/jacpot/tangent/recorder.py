@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from jacpot.nn.worn import Masked
 from jacpot.tangent.network import Inputs, Network
 from jacpot.tangent.rules import RULES, LayerRule
 from jacpot.tangent.rules.recurrent import unrolled
@@ -113,11 +114,15 @@ class Recorder(TorchFunctionMode):
         ]
         for module in overridden:  # in the instance, until the end of this run
             module.forward = partial(self._forward, RULES[type(module)], module)
+        # The parameters are masked already; layers then see them as they are.
+        masks: list[Any] = [m for m in self.network.module.modules() if type(m) is Masked]
+        for module in masks:
+            module.forward = _same
         try:
             with self:
                 outputs = self.network(x, targets, parameters)
         finally:
-            for module in overridden:
+            for module in (*overridden, *masks):
                 del module.forward
         for call in self.calls:
             if self.taps is None and call.input._version != call.version:
@@ -222,6 +227,10 @@ class Recorder(TorchFunctionMode):
         edge = get_gradient_edge(result) if result.requires_grad else None
         self.calls.append(Call(rule, arguments, parameters, edge, shape, version))
         return result
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 # Functions of torch that are made of others, some of which have a rule.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jacpot.ops.jacobian import Block
 from jacpot.tangent.jacobian import Jacobian
+from jacpot.tangent.network import Inputs, n_examples, take
 from jacpot.tangent.operators import JacobianOperator, _at, mixed_blocks
 
 __all__ = ["StreamedJacobian"]
@@ -23,7 +24,7 @@ class StreamedJacobian(JacobianOperator):
     capture
         Gives the Jacobian at some inputs.
     x
-        Inputs (N, ...).
+        Inputs (N, ...), or a tuple or dict of them.
     batch_size
         Examples whose factors are held at once.
     mix
@@ -34,8 +35,8 @@ class StreamedJacobian(JacobianOperator):
 
     def __init__(
         self,
-        capture: Callable[[Tensor], Jacobian],
-        x: Tensor,
+        capture: Callable[[Inputs], Jacobian],
+        x: Inputs,
         batch_size: int,
         mix: Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -43,12 +44,12 @@ class StreamedJacobian(JacobianOperator):
         if batch_size < 1:
             raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
         self.capture, self.x, self.batch_size, self.mix = capture, x, batch_size, mix
-        first = capture(x[:1])
-        super().__init__(first.blocks, len(x), first.n_outputs, dtype, first.outputs.device)
+        first = capture(take(x, slice(1)))
+        super().__init__(first.blocks, n_examples(x), first.n_outputs, dtype, first.outputs.device)
         self.replayable = False
 
     def _blocks(self, examples: slice | Tensor) -> list[Block]:
-        blocks = self.capture(self.x[examples]).blocks
+        blocks = self.capture(take(self.x, examples)).blocks
         if self.mix is not None:
             blocks = mixed_blocks(blocks, self.mix[examples])
         return [_at(block, slice(None), self.dtype) for block in blocks]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from jacpot.nn.worn import Masked
 from jacpot.tickets._names import canonical_name, named_parameters, owners
 from jacpot.tickets._parametrize import original, parametrizations, register, unregister
 from jacpot.tickets.mask import Mask
@@ -22,23 +23,6 @@ from jacpot.tickets.mask import Mask
 __all__ = ["Masked", "applied", "applied_mask", "apply", "bake", "remove"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class Masked(nn.Module):
-    """The parametrization ``weight -> where(mask, weight, 0)``; the mask is a buffer.
-
-    ``where`` and not a product, so that a pruned NaN or infinity is zero too.
-    """
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight with pruned entries at zero."""
-        return torch.where(self.mask, weight, 0)
 
 
 def _masked(child: nn.Module) -> dict[str, Masked]:

@@ -1,6 +1,6 @@
 """Layer rules, one file a family: how a parameter's Jacobian follows from the signals."""
 
-from jacpot.tangent.rules import convolution, embedding, linear, normalisation
+from jacpot.tangent.rules import convolution, embedding, linear, normalisation, sparse
 from jacpot.tangent.rules.registry import RULES, LayerRule, register_layer_rule
 from jacpot.tangent.rules.terms import Outer, Rows, Summed, Term
 
@@ -16,4 +16,5 @@ __all__ = [
     "linear",
     "normalisation",
     "register_layer_rule",
+    "sparse",
 ]

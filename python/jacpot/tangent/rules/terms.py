@@ -6,6 +6,7 @@ windows) that the network folded into the leading axis. ``K`` counts the outputs
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from jacpot.ops.jacobian import Factors, dense
 from jacpot.ops.jacobian_windows import Windows
+from jacpot.ops.pattern import Pattern
 
 __all__ = ["Fold", "Outer", "Rows", "Summed", "Term", "positions", "reduced"]
 
@@ -59,17 +61,20 @@ class Outer:
         ``(M, K, T, G, O)``.
     transposed
         Whether the parameter is laid out as ``(G, I, O)`` instead of ``(G, O, I)``.
+    pattern
+        Of a sparse weight ``(G·O, I)`` whose kept entries, row by row, are the parameter.
     """
 
     activations: Tensor | Windows
     signals: Tensor
     transposed: bool = False
+    pattern: Pattern | None = None
 
     def folded(self, fold: Fold) -> Outer:
         """Count per example."""
         whole = isinstance(self.activations, Windows) and self.activations.shape[0] == fold.n
         a = self.activations[: fold.keep] if whole else fold(self.written, 1)
-        return Outer(a, fold(self.signals, 2), self.transposed)
+        return dataclasses.replace(self, activations=a, signals=fold(self.signals, 2))
 
     @property
     def written(self) -> Tensor:
@@ -87,7 +92,8 @@ class Outer:
         """Whether the rows take less room than the factors, as with many positions they do."""
         k, t = self.signals.shape[1:3]
         g, o, i = self.shape
-        return t > 1 and k * g * o * i < t * g * (k * o + i)
+        weights = g * o * i if self.pattern is None else self.pattern.nnz
+        return t > 1 and k * weights < t * g * (k * o + i)
 
     def rows(self) -> Tensor:
         """Multiply out, ``(M, K, G·O·I)`` in the parameter's own order."""
@@ -98,6 +104,8 @@ class Outer:
             product = dense([Factors(a, self.signals)])
         if self.transposed:
             product = product.reshape(*product.shape[:2], *self.shape).transpose(3, 4).flatten(2)
+        if self.pattern is not None:
+            product = product[:, :, self.pattern.mask().flatten().to(product.device)]
         return product
 
 

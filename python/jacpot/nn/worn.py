@@ -1,0 +1,144 @@
+"""The masks that a module wears, and its parameters by the names that they have without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacpot.nn.masked import MaskedConv2d, MaskedLinear
+
+__all__ = ["Masked", "checked_mask", "merged_mask", "plain_parameters"]
+
+
+class Masked(nn.Module):
+    """The parametrization ``weight -> where(mask, weight, 0)``; the mask is a buffer.
+
+    ``where`` and not a product, so that a pruned NaN or infinity is zero too.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with pruned entries at zero."""
+        return torch.where(self.mask, weight, 0)
+
+
+def _chains(child: nn.Module) -> dict[str, Any]:
+    """Parametrizations of one layer that are a mask and nothing else, by attribute."""
+    lists: Any = getattr(child, "parametrizations", {})
+    return {
+        leaf: chain
+        for leaf, chain in lists.items()
+        if len(chain) == 1 and isinstance(chain[0], Masked)
+    }
+
+
+def plain_parameters(
+    module: nn.Module, *, remove_duplicate: bool = True
+) -> dict[str, tuple[str, nn.Parameter]]:
+    """Parameters by the names, and in the order, that they have without masks; with their own.
+
+    As of `torch.nn.Module.named_parameters`, each once or under each of its names.
+    """
+    found: dict[str, tuple[str, nn.Parameter]] = {}
+    seen = set()
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        if id(child) in seen:
+            continue
+        start = f"{prefix}." if prefix else ""
+        own = [(leaf, leaf, parameter) for leaf, parameter in child._parameters.items()]
+        for leaf, chain in reversed(_chains(child).items()):
+            seen.add(id(chain))
+            place = getattr(chain, "position", len(own))
+            own.insert(place, (leaf, f"parametrizations.{leaf}.original", chain.original))
+        for leaf, name, parameter in own:
+            if parameter is None or (remove_duplicate and id(parameter) in seen):
+                continue
+            seen.add(id(parameter))
+            found[start + leaf] = start + name, parameter
+    return found
+
+
+def _worn(module: nn.Module) -> dict[int, Tensor]:
+    """Masks by the identity of the parameter that each is on."""
+    masks: dict[int, Tensor] = {}
+    for child in module.modules():
+        if isinstance(child, MaskedLinear | MaskedConv2d):
+            masks[id(child.weight)] = child.mask
+        for chain in _chains(child).values():
+            masks[id(chain.original)] = chain[0].mask
+    return masks
+
+
+def checked_mask(
+    parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Check a mask against the parameters of a module; shared ones go by their first name.
+
+    Raises
+    ------
+    TypeError
+        If it is no mapping of bool tensors.
+    ValueError
+        If it names no parameter of the module, or has another shape.
+    """
+    if mask is None:
+        return {}
+    if not isinstance(mask, Mapping):
+        raise TypeError(
+            "argument 'mask' must be a mapping from parameter names to bool tensors, got "
+            f"{type(mask).__name__}"
+        )
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        first.setdefault(id(parameter), name)
+    checked: dict[str, Tensor] = {}
+    for name, kept in mask.items():
+        if name not in parameters:
+            raise ValueError(
+                f"argument 'mask' must name parameters of the module, got {name!r}; it has "
+                f"{', '.join(map(repr, parameters)) or 'none'}"
+            )
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            got = kept.dtype if isinstance(kept, Tensor) else type(kept)
+            raise TypeError(f"argument 'mask' must hold bool tensors, got {got} for {name!r}")
+        parameter = parameters[name]
+        if kept.shape != parameter.shape:
+            raise ValueError(
+                f"argument 'mask' must have the parameter's shape {tuple(parameter.shape)} for "
+                f"{name!r}, got {tuple(kept.shape)}"
+            )
+        primary, kept = first[id(parameter)], kept.to(parameter.device)
+        checked[primary] = kept & checked[primary] if primary in checked else kept
+    return checked
+
+
+def merged_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Check a mask, which may refine the one that the module wears, and add what it leaves out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `checked_mask`, and if the mask keeps what the one worn prunes.
+    """
+    every = plain_parameters(module, remove_duplicate=False)
+    merged = checked_mask({name: parameter for name, (_, parameter) in every.items()}, mask)
+    worn = _worn(module)
+    for name, (_, parameter) in plain_parameters(module).items():
+        if id(parameter) not in worn:
+            continue
+        kept = worn[id(parameter)]
+        if name in merged and bool((merged[name] & ~kept).any()):
+            raise ValueError(
+                f"argument 'mask' must keep no more of {name!r} than the mask that the module "
+                "wears; take that off first (jacpot.tickets.remove)"
+            )
+        merged.setdefault(name, kept.detach().clone())
+    return merged
