@@ -31,6 +31,18 @@ def test_a_table_a_figure_and_numbers(tmp_path, method):
     assert json.loads((tmp_path / "tickets.json").read_text())["rows"] == result["rows"]
 
 
+def test_more_rounds_go_on_where_fewer_ended(tmp_path):
+    rows = []
+    for rounds in (1, 2):
+        shown = run("imp", *SMALL, "--rounds", rounds, "--out", tmp_path)
+        assert shown.exit_code == 0, shown.output
+        result = json.loads((tmp_path / "tickets.json").read_text())
+        assert result["settings"]["rounds"] == rounds
+        rows.append([row for row in result["rows"] if row["kind"] == "ticket"])
+    assert rows[1][: len(rows[0])] == rows[0]
+    assert len(rows[1]) == len(rows[0]) + 1
+
+
 def test_errors_name_the_argument(tmp_path):
     assert "unknown-method" in run("unknown-method").output
     shown = run("snip", *QUICK, "--out", tmp_path, "--density", "2")

@@ -295,3 +295,16 @@ def test_a_negative_seed_is_one_of_its_own():
             torch.nn.Linear(4, 2), lambda net: numbers.append(torch.rand(()).item()), 0, seed=seed
         )
     assert numbers[0] != numbers[1]
+
+
+def test_damaged_files_and_odd_metrics_are_said_to_be_such(tmp_path):
+    net = torch.nn.Linear(4, 2)
+    with pytest.raises(TypeError, match="metrics that training returns must be plain"):
+        tickets.imp(net, lambda net: {"loss": torch.ones(())}, 0, directory=tmp_path)
+    tickets.imp(net, lambda net: {"loss": 1.0}, 0, directory=tmp_path)
+    (tmp_path / "round-000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"round-000\.safetensors is damaged"):
+        tickets.imp(net, lambda net: {"loss": 1.0}, 0, directory=tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+        tickets.imp(net, lambda net: {"loss": 1.0}, 0, directory=tmp_path)

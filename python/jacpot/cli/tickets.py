@@ -191,7 +191,8 @@ def tickets(
     summary = summarise(rows)
     title = f"{name} on {dataset.name}, {settings.net} {width}" + (f" x {depth}" if depth else "")
     console.print(table(summary, title))
-    result = {"settings": store.settings, "environment": environment(), "summary": summary}
+    described = {**store.settings, "rounds": rounds}
+    result = {"settings": described, "environment": environment(), "summary": summary}
     path = store.write("tickets.json", {**result, "rows": rows})
     figure = draw(summary, folder / "figure.png", title)
     console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)

@@ -92,10 +92,13 @@ class TicketSettings:
                 raise ValueError(f"density: expected a share in (0, 1], got {density}")
 
     def record(self, dataset: Dataset, parts: Split) -> dict[str, Any]:
-        """Everything the numbers depend on but the seed, in plain values."""
+        """Everything the numbers depend on but the seed, in plain values.
+
+        How many rounds are asked for changes none of them: more go on where fewer ended.
+        """
         sizes = [len(parts.train), len(parts.validation), len(parts.test)]
         data = {"data": dataset.name, "data_sha256": dataset.fingerprint(), "sizes": sizes}
-        return {**data, **asdict(self)}
+        return {**data, **{key: value for key, value in asdict(self).items() if key != "rounds"}}
 
 
 def build(settings: TicketSettings, parts: Split, seed: int) -> nn.Sequential:

@@ -229,7 +229,12 @@ def _claim(store: Path, settings: Mapping[str, Any]) -> None:
     text = json.dumps(settings, indent=2, sort_keys=True)
     if not path.exists():
         write_atomically(path, text.encode())
-    elif (theirs := json.loads(path.read_text())) != json.loads(text):
+        return
+    try:
+        theirs = dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"argument 'directory': {path} is damaged: {error}") from error
+    if theirs != json.loads(text):
         odd = sorted(key for key in settings if theirs.get(key) != settings[key])
         raise ValueError(
             f"argument 'directory': {store} holds a search with another {', '.join(odd)}; "

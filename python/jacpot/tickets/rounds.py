@@ -49,13 +49,19 @@ class Round:
 
     def save(self, path: Path) -> None:
         """Write the round, whole or not at all."""
+        try:
+            metrics = json.dumps(self.metrics)
+        except TypeError as error:
+            raise TypeError(
+                f"the metrics that training returns must be plain enough for JSON: {error}"
+            ) from error
         tensors = {f"mask/{name}": mask for name, mask in self.mask.items()}
         tensors.update({f"state/{name}": value for name, value in self.state.items()})
         header = {
             "format": _FORMAT,
             "mask": json.dumps(list(self.mask)),
             "state": json.dumps(list(self.state)),
-            "metrics": json.dumps(self.metrics),
+            "metrics": metrics,
         }
         write_tensors(path, tensors, header)
 
