@@ -255,9 +255,14 @@ def _is_extreme(attempt: _Attempt) -> bool:
 
     With right-hand sides near one the solution is far from it then, or none was found.
     """
-    size = attempt.x.abs().amax(dim=0) if len(attempt.x) else attempt.columns.new_ones(0)
+    if attempt.x.numel() == 0:
+        return False
+    size = attempt.x.abs().amax(dim=0)
+    low, high = size.aminmax()
+    if low > 1 / EXTREME and high < EXTREME:
+        return False
     usual = (size > 1 / EXTREME) & (size < EXTREME)
-    return not bool((usual | ~attempt.columns.any(dim=0)[: len(size)]).all())
+    return not bool((usual | ~attempt.columns.any(dim=0)).all())
 
 
 def _iterate(
