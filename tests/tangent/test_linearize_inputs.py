@@ -47,6 +47,14 @@ def test_several_inputs_and_a_part_of_the_outputs(x, options):
         lin.fit(x, Y, ridge="validation", validation=(x, Y))
 
 
+def test_gauss_newton_with_several_inputs_and_a_part_of_the_outputs():
+    for batch_size in (None, 5):
+        net = Pair()
+        x = {"a": A, "b": B}
+        result = jacpot.gauss_newton(net, x, Y, output="sums", max_steps=3, batch_size=batch_size)
+        assert result.losses[-1] < result.losses[0]
+
+
 def test_targets_of_another_shape_are_refused():
     lin = jacpot.linearize(Pair(), output="sums")
     with pytest.raises(ValueError, match=r"'y' must have shape \(7, 2, 3\) .* got \(7, 3, 2\)"):

@@ -15,7 +15,8 @@ from jacpot.linalg import Status
 from jacpot.nn.worn import merged_mask, plain_parameters
 from jacpot.tangent.batches import Batches
 from jacpot.tangent.jacobian import jacobian
-from jacpot.tangent.losses import Loss, get_loss
+from jacpot.tangent.losses import Loss, flat_targets, get_loss
+from jacpot.tangent.network import Inputs, Output, arguments, n_examples, part_of, take
 from jacpot.tangent.quadratic_model import QuadraticModel
 
 __all__ = ["GaussNewton", "gauss_newton"]
@@ -64,7 +65,7 @@ class GaussNewton:
 
 def gauss_newton(
     module: nn.Module,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
     loss: str | Loss = "mse",
     max_steps: int = 50,
@@ -75,6 +76,7 @@ def gauss_newton(
     inner_iterations: int = 1,
     callback: Callable[[int, float, float], Any] | None = None,
     seed: int = 0,
+    output: Output | None = None,
 ) -> GaussNewton:
     """Train a network, in place, by damped Gauss-Newton steps.
 
@@ -90,10 +92,10 @@ def gauss_newton(
     Parameters
     ----------
     module
-        Trained in place; its forward takes one tensor. It holds the last accepted step at any
+        Trained in place. It holds the last accepted step at any
         time, also when interrupted.
     x, y
-        Inputs (N, ...) and targets as in `LinearizedModule.fit`.
+        Inputs (N, ...), or a tuple or dict of them, and targets as in `LinearizedModule.fit`.
     loss
         As in `LinearizedModule.fit`.
     max_steps
@@ -118,6 +120,8 @@ def gauss_newton(
         Called with ``(step, mean loss, seconds)``; False stops.
     seed
         Of the batches, and of the examples that the Kronecker factors are made of.
+    output
+        As in :func:`jacpot.jacobian`, of a module that gives several tensors.
 
     Returns
     -------
@@ -147,8 +151,8 @@ def gauss_newton(
     if damping is not None and not 0 < damping < float("inf"):
         raise ValueError(f"argument 'damping' must be finite and above 0, got {damping}")
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    batches = Batches(len(x), batch_size, generator)
-    objective = _Objective(module, x, y, get_loss(loss), mask)
+    batches = Batches(n_examples(x), batch_size, generator)
+    objective = _Objective(module, x, y, get_loss(loss), mask, output)
     result = GaussNewton(Status.iteration_limit, [], [])
     batch, previous, first_norm = batches.draw(), None, 0.0
     while result.steps < max_steps:
@@ -189,7 +193,7 @@ def gauss_newton(
         damping = step.damping * (2 / 3 if ratio > 3 / 4 else 3 / 2 if ratio < 1 / 4 else 1)
         previous = step.direction
         result.steps += 1
-        result.batch_size = len(x[batch])
+        result.batch_size = len(y[batch])
         result.losses.append(step.loss)
         elapsed = time.perf_counter() - start
         if callback is not None and callback(result.steps, step.loss, elapsed) is False:
@@ -203,10 +207,17 @@ class _Objective:
     """The mean loss of some examples as a function of the module's parameters."""
 
     def __init__(
-        self, module: nn.Module, x: Tensor, y: Tensor, loss: Loss, mask: Mapping[str, Tensor] | None
+        self,
+        module: nn.Module,
+        x: Inputs,
+        y: Tensor,
+        loss: Loss,
+        mask: Mapping[str, Tensor] | None,
+        output: Output | None,
     ) -> None:
         mask = merged_mask(module, mask)  # before anything is changed
         self.module, self.x, self.y, self.loss, self.mask = module, x, y, loss, mask
+        self.output = output
         every = plain_parameters(module)
         self.parameters = {name: p for name, (_, p) in every.items() if p.requires_grad}
         self._own_names = {name: own_name for name, (own_name, _) in every.items()}
@@ -216,20 +227,24 @@ class _Objective:
 
     def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel | None:
         """Give the quadratic model at the module's parameters; None where there is nothing."""
-        x, y = self.x[examples], self.y[examples]
+        x, y = take(self.x, examples), self.y[examples]
+        n = n_examples(x)
         some: slice | Tensor = slice(None)
-        if len(x) > CURVATURE:
-            some = torch.randperm(len(x), generator=generator)[:CURVATURE]
-        columns = jacobian(self.module, x[some], mask=self.mask)
+        if n > CURVATURE:
+            some = torch.randperm(n, generator=generator)[:CURVATURE]
+        columns = jacobian(self.module, take(x, some), self.mask, output=self.output)
         if 0 in columns.shape:
             return None
         f = columns.outputs.double()
-        root = self.loss.root(f, self.loss.check(y[some], columns.outputs))
+        shape = columns.output_shape
+        checked = self.loss.check(flat_targets(y[some], f, shape), columns.outputs)
+        root = self.loss.root(f, checked)
         with torch.inference_mode(False), torch.enable_grad():
-            outputs = self.module(x).reshape(len(x), -1)
+            args, kwargs = arguments(x)
+            outputs = part_of(self.module(*args, **kwargs), self.output).reshape(n, -1)
             f = outputs.detach().double()
-            targets = self.loss.check(y, f)
-            pull = (self.loss.gradient(f, targets) / len(x)).to(outputs.dtype)
+            targets = self.loss.check(flat_targets(y, f, shape), f)
+            pull = (self.loss.gradient(f, targets) / n).to(outputs.dtype)
             slopes = torch.autograd.grad(
                 outputs, list(self.parameters.values()), pull, materialize_grads=True
             )
@@ -241,9 +256,11 @@ class _Objective:
     def mean(self, weights: Mapping[str, Tensor], examples: slice | Tensor) -> float:
         """Evaluate the loss at other parameters; the module keeps its own."""
         own = {self._own_names[name]: weight for name, weight in weights.items()}
-        outputs = functional_call(self.module, own, (self.x[examples],))
-        outputs = outputs.reshape(len(outputs), -1).double()
-        targets = self.loss.check(self.y[examples], outputs)
+        result = functional_call(self.module, own, *arguments(take(self.x, examples)))
+        part = part_of(result, self.output)
+        outputs = part.reshape(len(part), -1).double()
+        y = flat_targets(self.y[examples], outputs, part.shape[1:])
+        targets = self.loss.check(y, outputs)
         return float(self.loss.value(outputs, targets).mean())
 
     @torch.no_grad()
