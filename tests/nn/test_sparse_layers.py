@@ -371,6 +371,18 @@ def test_forced_methods_agree():
         jacpot.masked_matmul(x, values, pattern, method="fast")
 
 
+def test_autocast_hands_sparse_layers_what_dense_ones_give():
+    sparse = sparsify(network(), {"2.weight": masks_of(network())["2.weight"]})
+    sparse = sparsify(sparse, {"7.weight": masks_of(network())["7.weight"]})
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sparse(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), sparse(x), rtol=0.05, atol=0.05)
+    y.sum().backward()
+    assert sparse[7].values.grad.dtype == torch.float32
+
+
 def test_arguments_of_another_type_are_refused():
     with pytest.raises(TypeError, match=r"'module' must be an nn\.Module, got list"):
         sparsify([])

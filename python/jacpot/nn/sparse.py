@@ -60,6 +60,13 @@ class _Sparse(nn.Module):
     def _dense(self, values: Tensor) -> Tensor:
         return expand(values, self.pattern).view(self.weight_shape)
 
+    def _parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Values and bias: under autocast, of the dtype of x."""
+        values, bias = self.values, self.bias
+        if x.dtype == values.dtype or not torch.is_autocast_enabled(x.device.type):
+            return values, bias
+        return values.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -161,13 +168,14 @@ class SparseLinear(_Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
+        values, bias = self._parameters_for(x)
         return product(
             x,
-            self.values,
+            values,
             self.block,
             self._shape,
             self._nnz,
-            self.bias,
+            bias,
             relu=self.relu,
             layout=self.layout,
         )
@@ -285,13 +293,14 @@ class SparseConv2d(_Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in, height, width)`` to ``(N, out, height', width')``."""
+        values, bias = self._parameters_for(x)
         return convolve(
             x,
-            self.values,
+            values,
             self.block,
             self._shape,
             self._nnz,
-            self.bias,
+            bias,
             self.window,
             relu=self.relu,
         )
