@@ -314,14 +314,14 @@ def test_refusals_name_the_argument():
     with pytest.raises(ValueError, match=r"u must have shape \(3, 2\)"):
         ops.vjp([block], torch.ones(2, 3))
     with pytest.raises(
-        ValueError, match="outputs must be 'full', 'trace' or 'diagonal', got 'sum'"
+        ValueError, match="'outputs' must be 'full', 'trace' or 'diagonal', got 'sum'"
     ):
         ops.gram([block], outputs="sum")
     with pytest.raises(ValueError, match="right must have 2 outputs like left, got 1"):
         ops.gram([block], [ops.Factors(a, s[:, :1])])
     with pytest.raises(ValueError, match=r"out must be contiguous of shape \(3, 3\)"):
         ops.gram([block], outputs="trace", out=torch.ones(3, 2))
-    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="'dim' must be at least 1, got 0"):
         ops.sketch([block], 0)
 
 

@@ -349,9 +349,9 @@ def sketch(
     """
     n, k, dtype = check_blocks(blocks)
     if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
+        raise ValueError(f"argument 'dim' must be at least 1, got {dim}")
     if kind not in ("rademacher", "sparse"):
-        raise ValueError(f"kind must be 'rademacher' or 'sparse', got {kind!r}")
+        raise ValueError(f"argument 'kind' must be 'rademacher' or 'sparse', got {kind!r}")
     if offsets is None:
         ends = torch.tensor([b.n_parameters for b in blocks]).cumsum(0).tolist()
         offsets = [0, *ends[:-1]]

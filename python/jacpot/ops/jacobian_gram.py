@@ -24,7 +24,9 @@ Precision: TypeAlias = Literal["exact", "3xtf32", "tf32"]
 def check_precision(precision: str) -> None:
     """Refuse what is no `Precision`."""
     if precision not in ("exact", "3xtf32", "tf32"):
-        raise ValueError(f"precision must be 'exact', '3xtf32' or 'tf32', got {precision!r}")
+        raise ValueError(
+            f"argument 'precision' must be 'exact', '3xtf32' or 'tf32', got {precision!r}"
+        )
 
 
 def gram(
@@ -84,7 +86,9 @@ def gram(
     others = left if right is None else right
     m, k_right, dtype_right = check_blocks(others, "right")
     if outputs not in ("full", "trace", "diagonal"):
-        raise ValueError(f"outputs must be 'full', 'trace' or 'diagonal', got {outputs!r}")
+        raise ValueError(
+            f"argument 'outputs' must be 'full', 'trace' or 'diagonal', got {outputs!r}"
+        )
     if dtype_right != dtype:
         raise TypeError(f"right must be {dtype} like left, got {dtype_right}")
     if left[0].device != others[0].device:
