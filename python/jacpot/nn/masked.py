@@ -95,6 +95,15 @@ class MaskedConv2d(nn.Conv2d):
         Of :class:`torch.nn.Conv2d`.
     mask
         Of the shape of the weight, boolean; all True by default.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.nn import MaskedConv2d
+    >>> mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    >>> mask[:, :, 1] = False
+    >>> MaskedConv2d(1, 2, 3, mask=mask)(torch.randn(1, 1, 5, 5)).shape
+    torch.Size([1, 2, 3, 3])
     """
 
     mask: Tensor

@@ -204,6 +204,15 @@ class SparseConv2d(_Sparse):
         Apply ``max(·, 0)`` to the output, at no cost.
     dtype, device
         Of the values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.nn import SparseConv2d
+    >>> mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    >>> mask[:, :, 1] = False
+    >>> SparseConv2d(mask)(torch.randn(1, 1, 5, 5)).shape
+    torch.Size([1, 2, 3, 3])
     """
 
     def __init__(

@@ -95,6 +95,16 @@ def apply(module: M, mask: Mapping[str, Tensor]) -> M:
 def remove(module: M) -> M:
     """Take every mask off, in place: the parameters come back as they are behind the mask.
 
+    Parameters
+    ----------
+    module
+        The network.
+
+    Returns
+    -------
+    Module
+        The module itself.
+
     Examples
     --------
     >>> import torch
@@ -115,6 +125,25 @@ def bake(module: M) -> M:
     """Write the zeros into the parameters and take the masks off, in place: plain keys again.
 
     Nothing holds the zeros from then on, so do this when training is over.
+
+    Parameters
+    ----------
+    module
+        The network.
+
+    Returns
+    -------
+    Module
+        The module itself.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import Mask, tickets
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> _ = tickets.bake(tickets.apply(layer, ~Mask.ones(layer)))
+    >>> layer.weight.tolist()
+    [[0.0, 0.0]]
     """
     with torch.no_grad():
         for child in module.modules():
@@ -124,7 +153,17 @@ def bake(module: M) -> M:
 
 
 def applied_mask(module: nn.Module) -> Mask:
-    """The mask that a module wears; without one, a mask that names nothing.
+    """The mask that a module wears.
+
+    Parameters
+    ----------
+    module
+        The network.
+
+    Returns
+    -------
+    Mask
+        It names nothing where the module wears none.
 
     Examples
     --------
@@ -146,6 +185,18 @@ def applied_mask(module: nn.Module) -> Mask:
 @contextmanager
 def applied(module: M, mask: Mapping[str, Tensor]) -> Iterator[M]:
     """Wear a mask inside a ``with`` block; afterwards the module is as it was.
+
+    Parameters
+    ----------
+    module
+        The network.
+    mask
+        Bool tensors by parameter name.
+
+    Yields
+    ------
+    Module
+        The module itself.
 
     Examples
     --------

@@ -123,6 +123,24 @@ def _refuse_cut(
 def schedule(density: float, steps: int, start: float = 1.0) -> list[float]:
     """Densities that fall by the same factor each step, from below ``start`` to ``density``.
 
+    Parameters
+    ----------
+    density
+        The last one.
+    steps
+        How many.
+    start
+        The density before the first step.
+
+    Returns
+    -------
+    list of float
+
+    Raises
+    ------
+    ValueError
+        If ``steps`` or ``density`` is out of range.
+
     Examples
     --------
     >>> from jacpot import tickets

@@ -24,6 +24,18 @@ def reinitialise(module: M, seed: int = 0) -> M:
 
     A mask that the module wears stays on.
 
+    Parameters
+    ----------
+    module
+        The network.
+    seed
+        Of the draw; the global generator is left as it was.
+
+    Returns
+    -------
+    Module
+        The copy.
+
     Raises
     ------
     ValueError
@@ -55,6 +67,17 @@ def random_mask(mask: Mapping[str, Tensor], seed: int = 0) -> Mask:
     """A random mask with the same number of weights kept in each parameter.
 
     Drawn anew, not permuted from ``mask``.
+
+    Parameters
+    ----------
+    mask
+        Bool tensors by parameter name.
+    seed
+        Of the draw.
+
+    Returns
+    -------
+    Mask
 
     Examples
     --------

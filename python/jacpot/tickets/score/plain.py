@@ -15,6 +15,18 @@ __all__ = ["magnitude", "random"]
 def magnitude(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The absolute value of each weight (Han et al. 2015).
 
+    Parameters
+    ----------
+    module
+        The network.
+    mask
+        Scores of these parameters alone, at the masked weights; all that `Mask.ones` names if None.
+
+    Returns
+    -------
+    dict
+        Scores by parameter name.
+
     Examples
     --------
     >>> import torch
@@ -30,7 +42,30 @@ def magnitude(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> di
 def random(
     module: nn.Module, seed: int = 0, mask: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Uniform numbers from a generator of their own: random pruning, the baseline of all others."""
+    """Uniform numbers from a generator of their own: random pruning, the baseline of all others.
+
+    Parameters
+    ----------
+    module
+        The network.
+    seed
+        Of the draw.
+    mask
+        Scores of these parameters alone, at the masked weights; all that `Mask.ones` names if None.
+
+    Returns
+    -------
+    dict
+        Scores by parameter name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> scores = tickets.score.random(torch.nn.Linear(2, 1))
+    >>> scores["weight"].shape
+    torch.Size([1, 2])
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device)
