@@ -17,7 +17,7 @@ from torch.func import functional_call, jvp
 from jacpot.linalg import Interrupted, Solution
 from jacpot.linalg.arguments import check_limits, check_number
 from jacpot.nn.worn import checked_mask, merged_mask, plain_parameters
-from jacpot.tangent.fit import Fit, Problem, validation_error
+from jacpot.tangent.fit import Fit, Problem
 from jacpot.tangent.jacobian import jacobian
 from jacpot.tangent.losses import Loss, Weighted, flat_targets, get_loss
 from jacpot.tangent.network import (
@@ -33,7 +33,7 @@ from jacpot.tangent.network import (
 from jacpot.tangent.newton import fit_convex
 from jacpot.tangent.operators import JacobianOperator
 from jacpot.tangent.progress import Callback, observing
-from jacpot.tangent.spectrum import Spectrum, least
+from jacpot.tangent.ridge import choose_ridge
 from jacpot.tangent.squared import fit_squared, named
 from jacpot.tangent.streamed import StreamedJacobian
 
@@ -290,7 +290,7 @@ class LinearizedModule(nn.Module):
             chosen = Weighted(chosen, root.square())
         problem = Problem(columns, capture, operator, residual, errors, 0.0, name, root)
         if isinstance(ridge, str):
-            ridge = _choose_ridge(problem, ridge, ridges, validation)
+            ridge = choose_ridge(problem, ridge, ridges, validation)
         ridge = check_number("ridge", ridge)
         problem = dataclasses.replace(problem, ridge=ridge)
         start = self._start(problem) if warm_start else None
@@ -410,26 +410,3 @@ def _checked_weights(weights: Tensor | None, n: int) -> Tensor | None:
     if not (torch.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("argument 'weights' must be finite and at least 0")
     return weights.detach().double().sqrt()
-
-
-def _choose_ridge(
-    problem: Problem,
-    criterion: str,
-    ridges: Sequence[float] | None,
-    validation: tuple[Tensor, Tensor] | None,
-) -> float:
-    if problem.loss != "mse":
-        raise ValueError("argument 'ridge' must be a number for losses other than 'mse'")
-    spectrum = Spectrum(problem.jacobian, problem.residual.reshape(-1))
-    if criterion in ("gcv", "loo", "evidence"):
-        return spectrum.best(criterion, ridges, problem.jacobian.n_outputs)
-    if criterion != "validation":
-        raise ValueError(
-            "argument 'ridge' must be a number, 'gcv', 'loo', 'evidence' or 'validation', "
-            f"got {criterion!r}"
-        )
-    if validation is None:
-        raise ValueError("argument 'validation' must be (x, y) for ridge='validation'")
-    candidates = spectrum.grid().tolist() if ridges is None else ridges
-    checked = [check_number("ridges", ridge) for ridge in candidates]
-    return least("ridges", checked, validation_error(problem, spectrum.dual, *validation))
