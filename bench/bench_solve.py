@@ -1,9 +1,9 @@
-"""Dense systems: conjugate gradients, Cholesky and a path of ridges against their peers.
+"""Dense systems: conjugate gradients, LSMR, Cholesky and a path of ridges against their peers.
 
     python bench/bench_solve.py [--quick] [--json FILE]
 
-Peers: SciPy (cg, cho_factor; on a GPU torch's Cholesky), and linear_operator's linear_cg where it
-is installed.
+Peers: SciPy (cg, lsmr, cho_factor; on a GPU torch's Cholesky), and linear_operator's linear_cg
+where it is installed.
 """
 
 from __future__ import annotations
@@ -70,6 +70,28 @@ def conjugate_gradients(report: Report, size: int) -> None:
     )
 
 
+def least_squares(report: Report, size: int) -> None:
+    """Time the same number of LSMR's iterations on a least-squares problem of condition 10."""
+    iterations = 100
+    values = torch.logspace(0, -1, size, dtype=torch.float64)
+    basis = torch.linalg.qr(random(torch.randn, 0, 4 * size, size))[0]
+    a = basis * values @ torch.linalg.qr(random(torch.randn, 1, size, size))[0]
+    b = random(torch.randn, 2, 4 * size)
+    options = {"method": "lsmr", "tol": 1e-14, "max_iter": iterations}
+    contenders = {"jacpot": lambda: jacpot.solve(a, b, **options).x}
+    if not on_gpu():
+        array, right = a.numpy(), b.numpy()
+        contenders["scipy lsmr"] = lambda: scipy.sparse.linalg.lsmr(
+            array, right, atol=0.0, btol=0.0, conlim=0.0, maxiter=iterations
+        )[0]
+    report.compare(
+        f"LSMR, {4 * size} x {size}, {iterations} iterations",
+        contenders,
+        tolerance=1e-6,
+        settle=0.1,
+    )
+
+
 def direct(report: Report, size: int) -> None:
     a, ridge = kernel(size, torch.float64), 1e-2
     b = random(torch.randn, 1, size, 10)
@@ -110,6 +132,7 @@ def main() -> None:
     set_up(arguments)
     report = Report("Dense systems")
     conjugate_gradients(report, 300 if arguments.quick else 1000)
+    least_squares(report, 200 if arguments.quick else 1000)
     direct(report, 500 if arguments.quick else 4000)
     report.show()
     if arguments.json:
