@@ -1,4 +1,4 @@
-// Rearrangements of vectors for the masked product: transposes and several sums at once.
+// Rearrangements of vectors: transposes and several sums at once.
 // Only for ISA_SOURCES.
 #pragma once
 

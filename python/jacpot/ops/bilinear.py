@@ -15,47 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["Bilinear", "is_forward_mode", "is_transformed", "vmap_by_one"]
+from jacpot.ops.transforms import (
+    is_forward_mode,
+    is_transformed,
+    needs_operators,
+    transformed,
+    vmap_by_one,
+)
 
-_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
-
-
-def is_transformed() -> bool:
-    """Whether `torch.func` is at work, which takes functions but not operators all the way."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def is_forward_mode() -> bool:
-    """Whether tensors may carry tangents, which operators drop."""
-    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
-
-
-def needs_operators(x: Tensor) -> bool:
-    """Whether somebody listens to the dispatcher: a graph, a tracer, a transform, a device."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or x.device.type != "cpu"
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        # Autograd pulls many gradients back at once (``is_grads_batched``).
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-    )
-
-
-def vmap_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> Any:
-    """Batch an operator by calling it for each entry in turn."""
-    results = []
-    for i in range(info.batch_size):
-        pick = [
-            a.select(d, i).contiguous() if isinstance(d, int) else a
-            for a, d in zip(args, in_dims, strict=True)
-        ]
-        results.append(operator(*pick))
-    if isinstance(results[0], tuple):
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
-    return torch.stack(results), 0
+__all__ = ["Bilinear"]
 
 
 class Bilinear:
@@ -102,7 +70,21 @@ class Bilinear:
             full = f"jacpot::{operator}"
             torch.library.register_autograd(full, gradient, setup_context=save, lib=library)
             torch.library.register_vmap(full, batch, lib=library)
-        self.direct, self.transformed, self.gradients_transformed = _functions(self)
+        self.direct = _direct(self)
+        self.transformed = transformed(
+            self.run,
+            self.save,
+            lambda inputs, y: (inputs[0], inputs[1], inputs[3], y if inputs[5] else None),
+            self.differentiate,
+            lambda ctx, *tangents: self.push(ctx, *tangents[:3]),
+        )
+        self.gradients_transformed = transformed(
+            self.run_backward,
+            self.save_gradients,
+            lambda inputs, _: inputs[:4],
+            self.differentiate_gradients,
+            lambda ctx, *tangents: self.push_gradients(ctx, *tangents[:3]),
+        )
 
     def geometry(self, setting: Any) -> tuple[Any, ...]:
         """Give what the gradients take of the setting."""
@@ -227,8 +209,8 @@ class Bilinear:
         return self.forward_cpu(*arguments)
 
 
-def _functions(self: Bilinear) -> tuple[Any, Any, Any]:
-    """Make the operators' autograd functions: PyTorch knows them by their classes."""
+def _direct(self: Bilinear) -> Any:
+    """Make the autograd function that needs no operator: PyTorch knows it by its class."""
 
     class Direct(torch.autograd.Function):
         """The forward operator without the dispatcher, which costs more than a small product."""
@@ -243,51 +225,4 @@ def _functions(self: Bilinear) -> tuple[Any, Any, Any]:
         def backward(ctx: Any, *gradients: Any) -> Any:
             return self.differentiate(ctx, gradients[0])
 
-    class Transformed(torch.autograd.Function):
-        """The forward operator under `torch.func` and forward mode, which operators lack."""
-
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            with torch.no_grad():
-                return self.run(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            self.save(ctx, inputs, output)
-            x, values, _, pattern = inputs[:4]
-            ctx.save_for_forward(x, values, pattern, output if inputs[5] else None)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return self.differentiate(ctx, gradients[0])
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            return self.push(ctx, *tangents[:3])
-
-    class GradientsTransformed(torch.autograd.Function):
-        """The backward operator under `torch.func` and forward mode."""
-
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            with torch.no_grad():
-                return self.run_backward(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            self.save_gradients(ctx, inputs, output)
-            ctx.save_for_forward(*inputs[:4])
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return self.differentiate_gradients(ctx, *gradients)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            return self.push_gradients(ctx, *tangents[:3])
-
-    return Direct, Transformed, GradientsTransformed
+    return Direct

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacpot.ops.bilinear import is_forward_mode, is_transformed, vmap_by_one
+from jacpot.ops.transforms import is_forward_mode, is_transformed, transformed, vmap_by_one
 
 __all__ = ["Linear"]
 
@@ -34,7 +34,9 @@ class Linear:
             full, self.differentiate, setup_context=self.save, lib=library
         )
         torch.library.register_vmap(full, partial(vmap_by_one, self.run), lib=library)
-        self.transformed = _function(self)
+        self.transformed = transformed(
+            self.run, self.save, lambda inputs, _: (inputs[1],), self.differentiate, self.push
+        )
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the derivatives need."""
@@ -47,38 +49,13 @@ class Linear:
         (pattern,) = ctx.saved_tensors
         return self.transpose(dy, pattern, *ctx.shape), *(None,) * (1 + len(ctx.settings))
 
+    def push(self, ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        """Push a tangent forward."""
+        (pattern,) = ctx.saved_tensors
+        return self(dx, pattern, *ctx.settings)
+
     def __call__(self, x: Tensor, pattern: Tensor, *settings: int) -> Tensor:
         """Call the operator so that every transform at work sees it."""
         if is_transformed() or is_forward_mode():
             return self.transformed.apply(x, pattern, *settings)  # type: ignore[no-any-return]
         return self.run(x, pattern, *settings)  # type: ignore[no-any-return]
-
-
-def _function(self: Linear) -> Any:
-    """Make the operator's autograd function: PyTorch knows it by its class."""
-
-    class Transformed(torch.autograd.Function):
-        """The operator under `torch.func` and forward mode, which operators lack."""
-
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            with torch.no_grad():
-                return self.run(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            self.save(ctx, inputs, output)
-            ctx.save_for_forward(inputs[1])
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return self.differentiate(ctx, gradients[0])
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            (pattern,) = ctx.saved_tensors
-            return self(tangents[0], pattern, *ctx.settings)
-
-    return Transformed
