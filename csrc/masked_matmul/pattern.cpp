@@ -273,6 +273,11 @@ Status compile(const View<const bool, 2>& mask, const std::int32_t* offsets, voi
   const std::int64_t rows = mask.shape[0];
   const Header h = lay_out(rows, mask.shape[1], offsets[rows]);
   if (h.bytes != bytes) return {Code::invalid_argument, "the block is not of the measured size"};
+  // Gaps before sections are zero, so that equal masks give equal blocks, byte by byte.
+  for (const std::int64_t section :
+       {h.row_offsets, h.column_indices, h.column_offsets, h.row_starts, h.row_places,
+        h.row_indices, h.column_starts, h.column_places, h.column_entries})
+    std::memset(at<char>(block, section - alignment), 0, alignment);
   std::memset(block, 0, static_cast<std::size_t>(h.row_offsets));
   std::memcpy(block, &h, sizeof(h));
   std::memcpy(at<std::int32_t>(block, h.row_offsets), offsets,

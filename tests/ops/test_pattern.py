@@ -78,6 +78,17 @@ def test_wide_indices_and_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (2, 2), (30, 50), (300, 5000), (5000, 300), (3, 70_000)])
+def test_equal_masks_give_equal_patterns_whatever_the_memory_held(shape, monkeypatch):
+    mask = torch.rand(shape) < 0.1
+    patterns = []
+    for filling in (0, 255):
+        allocate = lambda size, filling=filling: torch.full((size,), filling, dtype=torch.uint8)  # noqa: E731
+        monkeypatch.setattr("jacpot.ops.pattern._allocate", allocate)
+        patterns.append(jacpot.Pattern(mask))
+    assert patterns[0] == patterns[1]
+
+
 def test_takes_numpy_and_strided_masks():
     mask = np.random.default_rng(0).random((12, 20)) < 0.3
     for view in (mask, mask.T, mask[::2, ::3]):
