@@ -18,8 +18,8 @@ __all__ = ["SparseConv2d", "SparseLinear", "zero_padding"]
 class _Sparse(nn.Module):
     """Values, bias and the compiled pattern, whose block is a buffer and so in `state_dict`.
 
-    A state of another pattern can be loaded: the values then take its size. An optimizer that
-    keeps moments of them must be made anew, or load its own state too.
+    A state of another pattern is loaded with ``assign=True`` only: its values belong to other
+    places, and the moments that an optimizer has of the old ones mean nothing to them.
     """
 
     block: Tensor
@@ -68,22 +68,43 @@ class _Sparse(nn.Module):
         return values.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        block, values = state_dict.get(prefix + "block"), state_dict.get(prefix + "values")
+        block = state_dict.get(prefix + "block")
         if block is not None and not torch.equal(block.cpu(), self.block.cpu()):
             pattern = Pattern.from_block(block.to(self.block.device))
             if pattern.shape != self._shape:
-                raise ValueError(
-                    f"the state's pattern for {prefix[:-1]!r} must have shape {self._shape}, "
+                error_msgs.append(
+                    f"the pattern of {prefix}block must have shape {self._shape}, "
                     f"got {pattern.shape}"
                 )
+                return
+            if not local_metadata.get("assign_to_params_buffers", False):
+                error_msgs.append(
+                    f"{prefix}block is another pattern, to whose values the moments of an "
+                    "optimizer would not belong: load with assign=True, and make the optimizer "
+                    "afterwards"
+                )
+                return
             self.block, self._nnz = pattern.block.clone(), pattern.nnz
-            if values is not None:
-                # In place, so that whoever holds the parameter still holds it.
-                self.values.data = self.values.data.new_empty(values.shape)
-                self.values.grad = None
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            values = self.values.detach().new_empty(pattern.nnz)
+            self.values = nn.Parameter(values, self.values.requires_grad)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
 
 def _uniform(values: Tensor, bias: Tensor | None, fan_in: int) -> None:
