@@ -172,7 +172,7 @@ def test_recurrent_layers_are_refused_not_ignored():
     with pytest.raises(ValueError, match="belongs to a recurrent layer"):
         tickets.apply(layer, mask)
     with pytest.raises(ValueError, match="belongs to a recurrent layer"):
-        tickets.score.magnitude(layer)
+        tickets.supermask(layer)
     cell = nn.LSTMCell(3, 4, bias=False)
     with tickets.applied(cell, ~Mask.ones(cell)):
         assert (cell(torch.randn(2, 3))[0] == 0).all()
@@ -218,14 +218,16 @@ def test_distributed_data_parallel(tmp_path):
 
 def test_refusals():
     net = make_net()
-    with pytest.raises(ValueError, match=r"'9\.weight' is no parameter; there are 0\.weight"):
+    with pytest.raises(ValueError, match=r"got '9\.weight'; it has '0\.weight'"):
         tickets.apply(net, {"9.weight": torch.ones(1) > 0})
-    with pytest.raises(ValueError, match=r"must have shape \(8, 6\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"shape \(8, 6\) for '0\.weight', got \(1,\)"):
         tickets.apply(net, {"0.weight": torch.ones(1) > 0})
-    nn.utils.parametrizations.weight_norm(net[0])
-    with pytest.raises(ValueError, match="is no parameter"):
-        tickets.apply(net, {"0.weight": torch.ones(8, 6) > 0})
-    other = make_net()
-    nn.utils.parametrizations.spectral_norm(other[0])
-    with pytest.raises(ValueError, match="another parametrization"):
-        tickets.apply(other, {"0.weight": torch.ones(8, 6) > 0})
+    for other in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        net = make_net()
+        other(net[0])
+        with pytest.raises(ValueError, match=r"must name parameters.*got '0\.weight'"):
+            tickets.apply(net, {"0.weight": torch.ones(8, 6) > 0})
+        for way in (tickets.apply, lambda net, mask: tickets.supermask(net, mask=mask)):
+            with pytest.raises(ValueError, match="another parametrization"):
+                way(net, ~Mask.ones(net))
+        assert not tickets.applied_mask(net)

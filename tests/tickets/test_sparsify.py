@@ -86,7 +86,7 @@ def test_a_shared_parameter_may_go_by_any_of_its_names():
         with tickets.applied(tied, masks):
             assert list(tickets.applied_mask(tied)) == ["0.weight"]
             torch.testing.assert_close(tied(x), expected)
-    with pytest.raises(ValueError, match=r"'2\.weight' is the parameter '0\.weight'"):
+    with pytest.raises(ValueError, match=r"one mask for '2\.weight' and '0\.weight'"):
         tickets.apply(tied, {"0.weight": mask, "2.weight": ~mask})
 
 

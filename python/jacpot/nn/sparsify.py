@@ -6,16 +6,16 @@ import copy
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from jacpot.nn.masked import MaskedConv2d, MaskedLinear
 from jacpot.nn.sparse import SparseConv2d, SparseLinear, zero_padding
+from jacpot.nn.worn import checked_mask, named_parameters, owners
 
 __all__ = ["can_be_sparse", "sparsify"]
 
 
-def sparsify(module: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+def sparsify(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Return a copy of a network whose masked layers hold only their kept weights.
 
     Outputs equal those of the masked dense network to rounding. The parameters of a swapped
@@ -28,7 +28,7 @@ def sparsify(module: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn
     module
         Any network. Its ``nn.Linear`` and ``nn.Conv2d`` layers, and those of
         :mod:`jacpot.nn` that are masked, are swapped.
-    masks
+    mask
         Boolean masks by parameter name (a :class:`jacpot.Mask`). What they do not name is left
         as it is; None takes the masks that masked layers hold.
 
@@ -41,12 +41,10 @@ def sparsify(module: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn
     ------
     TypeError
         If an argument is of another type.
-    KeyError
-        If a mask names no parameter of the network.
     ValueError
-        If a named parameter cannot be made sparse (not the weight of a linear or
-        two-dimensional convolution), in any of the layers that share it, or a mask is of another
-        shape, or a shared parameter has two masks.
+        If the mask names no parameter of the network or one that cannot be made sparse (not the
+        weight of a linear or two-dimensional convolution), in any of the layers that share it, is
+        of another shape, or has two masks for a shared parameter.
 
     Examples
     --------
@@ -59,40 +57,18 @@ def sparsify(module: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"argument 'module' must be an nn.Module, got {type(module).__name__}")
-    if masks is not None and not isinstance(masks, Mapping):
-        raise TypeError(
-            f"argument 'masks' must map names to bool tensors, got {type(masks).__name__}"
-        )
-    if masks is None:
-        masks = {
+    if mask is None:
+        mask = {
             f"{name}.weight" if name else "weight": layer.mask
             for name, layer in module.named_modules()
             if isinstance(layer, (MaskedLinear, MaskedConv2d))
         }
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        if name not in parameters:
-            raise KeyError(f"argument 'masks' names {name!r}, which is no parameter of the module")
-        if mask.shape != parameters[name].shape:
-            raise ValueError(
-                f"the mask of {name!r} must have shape {tuple(parameters[name].shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
     result = copy.deepcopy(module)
-    parameters = dict(result.named_parameters(remove_duplicate=False))
-    done: dict[int, str] = {}
-    for name, mask in masks.items():
-        weight = parameters[name]
-        first = done.setdefault(id(weight), name)
-        if first != name:
-            if not torch.equal(mask.cpu(), masks[first].cpu()):
-                raise ValueError(
-                    f"{name!r} and {first!r} are one shared parameter, and must have one mask"
-                )
-            continue
+    parameters = named_parameters(result)
+    for name, kept in checked_mask(result, mask).items():
         values: nn.Parameter | None = None
-        for layer, attribute in _owners(result, weight):
-            swapped = _swap(name, layer, attribute, mask)
+        for layer, attribute in owners(result, parameters[name]):
+            swapped = _swap(name, layer, attribute, kept)
             swapped.values = values = swapped.values if values is None else values
             if layer is result:
                 return swapped
@@ -113,21 +89,11 @@ def can_be_sparse(layer: nn.Module, attribute: str) -> bool:
     return attribute == "weight" and type(layer) in (nn.Linear, MaskedLinear)
 
 
-def _owners(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    return [
-        (layer, name)
-        for layer in module.modules()
-        for name, held in layer._parameters.items()
-        if held is parameter
-    ]
-
-
 def _swap(name: str, layer: nn.Module, attribute: str, mask: Tensor) -> SparseLinear | SparseConv2d:
     if not can_be_sparse(layer, attribute):
         raise ValueError(
-            f"parameter {name!r} of {type(layer).__name__} cannot be made sparse: only the weight "
-            "of nn.Linear, and of nn.Conv2d that pads all sides alike with zeros, can; leave it "
-            "out of the masks"
+            f"argument 'mask': {name!r}, of {type(layer).__name__}, cannot be made sparse; only "
+            "the weight of nn.Linear, and of nn.Conv2d that pads all sides alike with zeros, can"
         )
     swapped: SparseLinear | SparseConv2d
     if isinstance(layer, nn.Linear):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from jacpot.nn.masked import MaskedConv2d, MaskedLinear
 
-__all__ = ["Masked", "checked_mask", "merged_mask", "plain_parameters"]
+__all__ = [
+    "Masked",
+    "checked_mask",
+    "merged_mask",
+    "named_parameters",
+    "owners",
+    "plain_parameters",
+]
 
 
 class Masked(nn.Module):
@@ -77,17 +84,33 @@ def _worn(module: nn.Module) -> dict[int, Tensor]:
     return masks
 
 
-def checked_mask(
-    parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """Check a mask against the parameters of a module; shared ones go by their first name.
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have without masks, each once."""
+    return {name: parameter for name, (_, parameter) in plain_parameters(module).items()}
+
+
+def owners(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every (submodule, attribute) that holds this very parameter: more than one if it is tied."""
+    return [
+        (child, leaf)
+        for child in module.modules()
+        for leaf, held in child._parameters.items()
+        if held is parameter
+    ]
+
+
+def checked_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Check a mask against a module's parameters, and put it where they are.
+
+    A shared parameter goes by its first name, whichever of its names the mask uses.
 
     Raises
     ------
     TypeError
         If it is no mapping of bool tensors.
     ValueError
-        If it names no parameter of the module, or has another shape.
+        If it names no parameter of the module, has another shape, or has two masks for one shared
+        parameter.
     """
     if mask is None:
         return {}
@@ -96,27 +119,32 @@ def checked_mask(
             "argument 'mask' must be a mapping from parameter names to bool tensors, got "
             f"{type(mask).__name__}"
         )
+    every = plain_parameters(module, remove_duplicate=False)
     first: dict[int, str] = {}
-    for name, parameter in parameters.items():
+    for name, (_, parameter) in every.items():
         first.setdefault(id(parameter), name)
     checked: dict[str, Tensor] = {}
     for name, kept in mask.items():
-        if name not in parameters:
+        if name not in every:
             raise ValueError(
                 f"argument 'mask' must name parameters of the module, got {name!r}; it has "
-                f"{', '.join(map(repr, parameters)) or 'none'}"
+                f"{', '.join(map(repr, every)) or 'none'}"
             )
         if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
-            got = kept.dtype if isinstance(kept, Tensor) else type(kept)
+            got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
             raise TypeError(f"argument 'mask' must hold bool tensors, got {got} for {name!r}")
-        parameter = parameters[name]
+        parameter = every[name][1]
         if kept.shape != parameter.shape:
             raise ValueError(
                 f"argument 'mask' must have the parameter's shape {tuple(parameter.shape)} for "
                 f"{name!r}, got {tuple(kept.shape)}"
             )
         primary, kept = first[id(parameter)], kept.to(parameter.device)
-        checked[primary] = kept & checked[primary] if primary in checked else kept
+        if not torch.equal(checked.setdefault(primary, kept), kept):
+            raise ValueError(
+                f"argument 'mask' must have one mask for {name!r} and {primary!r}, which are one "
+                "parameter, got two"
+            )
     return checked
 
 
@@ -128,10 +156,8 @@ def merged_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[st
     TypeError, ValueError
         As `checked_mask`, and if the mask keeps what the one worn prunes.
     """
-    every = plain_parameters(module, remove_duplicate=False)
-    merged = checked_mask({name: parameter for name, (_, parameter) in every.items()}, mask)
-    worn = _worn(module)
-    for name, (_, parameter) in plain_parameters(module).items():
+    merged, worn = checked_mask(module, mask), _worn(module)
+    for name, parameter in named_parameters(module).items():
         if id(parameter) not in worn:
             continue
         kept = worn[id(parameter)]

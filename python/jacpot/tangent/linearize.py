@@ -157,8 +157,7 @@ class LinearizedModule(nn.Module):
         RuntimeError, ValueError, TypeError
             If they are those of a network of other parameters.
         """
-        every = plain_parameters(self.base, remove_duplicate=False)
-        mask = checked_mask({name: p for name, (_, p) in every.items()}, state["mask"])
+        mask = checked_mask(self.base, state["mask"])
         self.base.load_state_dict(state["base"])
         self.mask = mask
 

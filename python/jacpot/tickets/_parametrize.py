@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["original", "parametrizations", "register", "unregister"]
+__all__ = ["original", "parametrizations", "refuse_another", "register", "unregister"]
 
 
 def parametrizations(child: nn.Module) -> dict[str, nn.Module]:
@@ -25,6 +25,20 @@ def original(child: nn.Module, leaf: str) -> nn.Parameter:
     """The parameter behind a parametrization."""
     parameter: nn.Parameter = cast(Any, child).parametrizations[leaf].original
     return parameter
+
+
+def refuse_another(name: str, child: nn.Module) -> None:
+    """Refuse the parameter ``name``, held by ``child``, if no parametrization would do there."""
+    if isinstance(child, parametrize.ParametrizationList):
+        raise ValueError(
+            f"argument 'mask': {name!r} has another parametrization already; remove it first"
+        )
+    if isinstance(child, nn.RNNBase):
+        # They keep a list of their weights from which forward reads: a mask would be ignored.
+        raise ValueError(
+            f"argument 'mask': {name!r} belongs to a recurrent layer, which reads its weights "
+            "past any parametrization; use the cells (nn.LSTMCell, nn.GRUCell) instead"
+        )
 
 
 def register(child: nn.Module, leaf: str, parametrization: nn.Module) -> None:

@@ -11,8 +11,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from jacpot.nn.worn import checked_mask, named_parameters
 from jacpot.tickets._files import read_tensors, write_tensors
-from jacpot.tickets._names import named_parameters
 
 __all__ = ["Mask"]
 
@@ -258,6 +258,11 @@ class Mask(Mapping[str, Tensor]):
             if marker and buffer.endswith(_SUFFIX) and value.dtype == torch.bool:
                 found[path + leaf] = value
         return cls(found)
+
+
+def chosen_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> Mask:
+    """The mask given, checked against the module's parameters, or by default the one of ones."""
+    return Mask.ones(module) if mask is None else Mask(checked_mask(module, mask))
 
 
 def check_same_layout(

@@ -9,9 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from jacpot.tickets._names import named_parameters
-from jacpot.tickets.mask import Mask, check_same_layout
-from jacpot.tickets.parametrization import checked_mask
+from jacpot.nn.worn import named_parameters
+from jacpot.tickets.mask import Mask, check_same_layout, chosen_mask
 
 __all__ = ["Overlap", "overlap", "sign_agreement"]
 
@@ -138,7 +137,7 @@ def sign_agreement(
     >>> tickets.sign_agreement(layer, layer)
     {'weight': 1.0, 'all': 1.0}
     """
-    chosen = Mask.ones(a) if mask is None else checked_mask(a, mask)
+    chosen = chosen_mask(a, mask)
     first, second = named_parameters(a), named_parameters(b)
     equal, count, result = 0, 0, {}
     for name, kept in chosen.items():

@@ -13,11 +13,15 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from jacpot.nn.worn import Masked
-from jacpot.tickets._names import canonical_name, named_parameters, owners
-from jacpot.tickets._parametrize import original, parametrizations, register, unregister
+from jacpot.nn.worn import Masked, checked_mask, named_parameters, owners
+from jacpot.tickets._parametrize import (
+    original,
+    parametrizations,
+    refuse_another,
+    register,
+    unregister,
+)
 from jacpot.tickets.mask import Mask
 
 __all__ = ["Masked", "applied", "applied_mask", "apply", "bake", "remove"]
@@ -56,7 +60,7 @@ def apply(module: M, mask: Mapping[str, Tensor]) -> M:
         If a mask is not bool.
     ValueError
         If a name is no parameter of the module, a shape differs, or the parameter has another
-        parametrization.
+        parametrization or belongs to a recurrent layer.
 
     Examples
     --------
@@ -76,13 +80,10 @@ def apply(module: M, mask: Mapping[str, Tensor]) -> M:
             worn.setdefault(id(original(child, leaf)), []).append(masked)
     places = {name: owners(module, parameters[name]) for name in checked}
     for name, held in places.items():
-        foreign = any(isinstance(child, parametrize.ParametrizationList) for child, _ in held)
-        if foreign and id(parameters[name]) not in worn:
-            raise ValueError(
-                f"argument 'mask': {name!r} has another parametrization already; remove it first"
-            )
+        if id(parameters[name]) not in worn:
+            for child, _ in held:
+                refuse_another(name, child)
     for name, kept in checked.items():
-        kept = kept.to(parameters[name].device)
         if id(parameters[name]) in worn:
             for masked in worn[id(parameters[name])]:
                 masked.mask.copy_(kept)
@@ -214,46 +215,3 @@ def applied(module: M, mask: Mapping[str, Tensor]) -> Iterator[M]:
     finally:
         remove(module)
         apply(module, before)
-
-
-def checked_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> Mask:
-    """``mask`` as a :class:`Mask` whose names and shapes are those of the module's parameters."""
-    checked = _by_first_name(module, mask if isinstance(mask, Mask) else Mask(mask))
-    parameters = named_parameters(module)
-    for name, kept in checked.items():
-        if name not in parameters:
-            raise ValueError(
-                f"argument 'mask': {name!r} is no parameter; there are {', '.join(parameters)}"
-            )
-        if kept.shape != parameters[name].shape:
-            raise ValueError(
-                f"argument 'mask': {name!r} must have shape {tuple(parameters[name].shape)}, "
-                f"got {tuple(kept.shape)}"
-            )
-        if any(isinstance(child, nn.RNNBase) for child, _ in owners(module, parameters[name])):
-            # They keep a list of their weights from which forward reads: a mask would be ignored.
-            raise ValueError(
-                f"argument 'mask': {name!r} belongs to a recurrent layer, which reads its weights "
-                "past any parametrization; use the cells (nn.LSTMCell, nn.GRUCell) instead"
-            )
-    return checked
-
-
-def _by_first_name(module: nn.Module, mask: Mask) -> Mask:
-    """Name a shared parameter as `named_parameters` does, whichever of its names is used."""
-    first = {id(parameter): name for name, parameter in named_parameters(module).items()}
-    names = {
-        canonical_name(name): first[id(parameter)]
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
-    if all(names.get(name, name) == name for name in mask):
-        return mask
-    renamed: dict[str, Tensor] = {}
-    for name, kept in mask.items():
-        target = names.get(name, name)
-        if target in renamed and not torch.equal(renamed[target], kept):
-            raise ValueError(
-                f"argument 'mask': {name!r} is the parameter {target!r}, and must have its mask"
-            )
-        renamed[target] = kept
-    return Mask(renamed)

@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import checked_mask, remove
+from jacpot.tickets.mask import Mask, chosen_mask
+from jacpot.tickets.parametrization import remove
 from jacpot.tickets.score._functional import call, preserved, refuse_indices
 
 __all__ = ["PathReport", "inspect"]
@@ -106,7 +106,7 @@ def inspect(module: nn.Module, mask: Mapping[str, Tensor], x: Tensor) -> PathRep
     ({'0.weight': 0.5, '2.weight': 0.5}, {'0.weight': 1, '2.weight': 0})
     """
     refuse_indices(module, x)
-    kept = checked_mask(module, mask)
+    kept = chosen_mask(module, mask)
     network = remove(copy.deepcopy(module))
     statistics = {
         f"{path}.{leaf}" if path else leaf

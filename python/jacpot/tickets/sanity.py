@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jacpot.tickets._random import seeded
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import applied_mask, apply, checked_mask, remove
+from jacpot.tickets.mask import Mask, chosen_mask
+from jacpot.tickets.parametrization import applied_mask, apply, remove
 from jacpot.tickets.prune import prune
 
 __all__ = ["random_mask", "reinitialise", "sanity_checks"]
@@ -131,7 +131,7 @@ def sanity_checks(
     >>> tickets.sanity_checks(layer, mask, lambda net: int((net.weight != 0).sum()))
     {'ticket': 1, 'shuffled': 1, 'reinitialised': 1, 'random': 1}
     """
-    ticket = checked_mask(module, mask)
+    ticket = chosen_mask(module, mask)
     candidates = {
         "ticket": (module, ticket),
         "shuffled": (module, ticket.shuffle(seed)),

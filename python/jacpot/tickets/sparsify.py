@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from jacpot.nn.sparsify import can_be_sparse
 from jacpot.nn.sparsify import sparsify as to_sparse_layers
-from jacpot.tickets._names import named_parameters, owners
-from jacpot.tickets.parametrization import applied_mask, apply, checked_mask, remove
+from jacpot.nn.worn import checked_mask, named_parameters, owners
+from jacpot.tickets.parametrization import applied_mask, apply, remove
 
 __all__ = ["sparsify"]
 

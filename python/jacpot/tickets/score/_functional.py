@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from jacpot.tickets._names import canonical_name, named_parameters
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import checked_mask
+from jacpot.nn.worn import named_parameters, plain_parameters
+from jacpot.tickets.mask import chosen_mask
 
 __all__ = ["Loss", "Transform", "call", "preserved", "refuse_indices", "scored_parameters"]
 
@@ -22,10 +21,9 @@ Transform = Callable[[str, Tensor], Tensor]
 def scored_parameters(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The scored parameters at the masked weights: detached, and no views of the parameters."""
     parameters = named_parameters(module)
-    chosen = checked_mask(module, Mask.ones(module) if mask is None else mask)
     return {
-        name: torch.where(kept.to(parameters[name].device), parameters[name].detach(), 0)
-        for name, kept in chosen.items()
+        name: torch.where(kept, parameters[name].detach(), 0)
+        for name, kept in chosen_mask(module, mask).items()
     }
 
 
@@ -38,14 +36,13 @@ def call(
     always copies, so that running statistics move in the copy.
     """
     tensors: dict[str, Tensor] = {}
-    for key, parameter in module.named_parameters():
-        name = canonical_name(key)
-        tensors[key] = scored[name] if name in scored else _other(name, parameter.detach(), others)
+    for name, (own, parameter) in plain_parameters(module).items():
+        tensors[own] = scored[name] if name in scored else _other(name, parameter.detach(), others)
     for key, buffer in module.named_buffers():
         tensors[key] = _other(key, buffer.detach().clone(), others)
     output = functional_call(module, tensors, (x,))
     if not isinstance(output, Tensor):
-        raise TypeError(f"the module must return one tensor, got {type(output).__name__}")
+        raise TypeError(f"argument 'module' must return one tensor, got {type(output).__name__}")
     return output
 
 

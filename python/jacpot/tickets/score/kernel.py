@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from jacpot.nn.worn import named_parameters
 from jacpot.tangent import Jacobian, jacobian
-from jacpot.tickets._names import named_parameters
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import checked_mask, remove
+from jacpot.tickets.mask import Mask, chosen_mask
+from jacpot.tickets.parametrization import remove
 from jacpot.tickets.score._functional import scored_parameters
 
 __all__ = ["centered_targets", "fisher", "ntk"]
@@ -29,7 +29,7 @@ def scored_jacobian(
     module: nn.Module, x: Tensor, mask: Mapping[str, Tensor] | None
 ) -> tuple[Jacobian, Mask]:
     """The Jacobian by the scored parameters alone, in eval mode, at the masked weights."""
-    chosen = Mask.ones(module) if mask is None else checked_mask(module, mask)
+    chosen = chosen_mask(module, mask)
     network = remove(copy.deepcopy(module)).eval()  # scoring leaves no trace on the module
     for name, parameter in named_parameters(network).items():
         parameter.requires_grad_(name in chosen)

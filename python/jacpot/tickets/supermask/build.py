@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jacpot.tickets._names import named_parameters, owners
-from jacpot.tickets._parametrize import parametrizations, register, unregister
+from jacpot.nn.worn import named_parameters, owners
+from jacpot.tickets._parametrize import parametrizations, refuse_another, register, unregister
 from jacpot.tickets._random import seeded
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import applied_mask, checked_mask
+from jacpot.tickets.mask import Mask, chosen_mask
+from jacpot.tickets.parametrization import applied_mask
 from jacpot.tickets.supermask.selectors import Biprop, EdgePopup, Selector, Zhou
 
 __all__ = ["Supermask", "signed_constant", "supermask"]
@@ -140,7 +140,7 @@ def supermask(
         raise ValueError(f"argument 'density' must lie in (0, 1), got {density}")
     if len(applied_mask(module)):
         raise ValueError("argument 'module' wears a mask already; bake or remove it first")
-    chosen = Mask.ones(module) if mask is None else checked_mask(module, mask)
+    chosen = chosen_mask(module, mask)
     network = copy.deepcopy(module).requires_grad_(False)
     parameters = named_parameters(network)
     selectors: dict[str, Selector] = {}
@@ -158,5 +158,6 @@ def supermask(
                     weight.div_(density**0.5)
                 selectors[name] = EdgePopup(weight, density)
             for child, leaf in owners(network, weight):
+                refuse_another(name, child)
                 register(child, leaf, selectors[name])
     return Supermask(network, selectors)

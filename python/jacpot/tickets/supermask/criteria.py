@@ -12,10 +12,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from jacpot.tickets._names import named_parameters
+from jacpot.nn.worn import named_parameters
 from jacpot.tickets._random import seeded
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import checked_mask
+from jacpot.tickets.mask import chosen_mask
 from jacpot.tickets.sanity import reinitialise
 from jacpot.tickets.supermask.build import signed_constant
 
@@ -77,7 +76,7 @@ def criterion(
     """
     if name not in CRITERIA:
         raise ValueError(f"argument 'name' must be one of {', '.join(CRITERIA)}, got {name!r}")
-    chosen = Mask.ones(initial) if mask is None else checked_mask(initial, mask)
+    chosen = chosen_mask(initial, mask)
     before, after = named_parameters(initial), named_parameters(final)
     with seeded(seed), torch.no_grad():
         return {n: CRITERIA[name](before[n].detach(), after[n].detach()) for n in chosen}
@@ -121,7 +120,7 @@ def rebuild(
         raise ValueError(f"argument 'kept' is not a mask-1 action: {kept!r}")
     if pruned not in ("zero", "initial", "mean"):
         raise ValueError(f"argument 'pruned' must be 'zero', 'initial' or 'mean', got {pruned!r}")
-    chosen = checked_mask(initial, mask)
+    chosen = chosen_mask(initial, mask)
     result = copy.deepcopy(initial)
     parameters = named_parameters(result)
     fresh = named_parameters(reinitialise(initial, seed)) if kept == "reinitialised" else {}
