@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from jacpot import tickets
-from jacpot.tickets import Mask, _files
+from jacpot.tickets import Mask, Tickets, _files
 
 # Python 3.12 warns of forking a process with threads; the children here use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -130,6 +130,26 @@ def test_interrupted_between_any_two_calls_and_resumed(tmp_path):
         torch.manual_seed(12345 + allowed)  # another process has another random state
         resumed = tickets.imp(make_net(), train, rounds=3, rewind=4, directory=folder)
         assert_same_search(whole, resumed)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_a_search_carries_the_finished_rounds(kind):
+    whole = tickets.imp(make_net(), train, rounds=2)
+    calls = 0
+
+    def fragile(net):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise kind("no more")
+        return train(net)
+
+    with pytest.raises(kind, match="no more") as caught:
+        tickets.imp(make_net(), fragile, rounds=5)
+    found = caught.value.found
+    assert_same_search(Tickets(whole.start, whole.rounds[:2]), found)
+    x = torch.randn(3, 6)
+    assert torch.equal(found.trained().eval()(x), whole.trained(1).eval()(x))
 
 
 def test_a_finished_search_is_read_not_run(tmp_path):
@@ -272,10 +292,9 @@ def test_layers_may_empty_if_allowed():
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     with torch.no_grad():
         net[0].weight.mul_(1e-6)
-    seen = []
-    with pytest.raises(ValueError, match="allow_empty=True"):
-        tickets.imp(net, lambda net: None, 2, 0.5, on_round=seen.append)
-    assert len(seen) == 1
+    with pytest.raises(ValueError, match="allow_empty=True") as caught:
+        tickets.imp(net, lambda net: None, 2, 0.5)
+    assert len(caught.value.found.rounds) == 1
     found = tickets.imp(net, lambda net: None, 2, 0.5, allow_empty=True)
     assert [done.mask.nnz for done in found.rounds] == [32, 16, 8]
 
@@ -299,7 +318,7 @@ def test_a_negative_seed_is_one_of_its_own():
 
 def test_damaged_files_and_odd_metrics_are_said_to_be_such(tmp_path):
     net = torch.nn.Linear(4, 2)
-    with pytest.raises(TypeError, match="metrics that training returns must be plain"):
+    with pytest.raises(TypeError, match="'train' must return metrics plain enough"):
         tickets.imp(net, lambda net: {"loss": torch.ones(())}, 0, directory=tmp_path)
     tickets.imp(net, lambda net: {"loss": 1.0}, 0, directory=tmp_path)
     (tmp_path / "round-000.safetensors").write_bytes(b"nothing")

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from jacpot.tickets._files import read_tensors, write_atomically, write_tensors
 from jacpot.tickets._random import seeded
-from jacpot.tickets.mask import Mask
-from jacpot.tickets.parametrization import apply, bake, checked_mask
+from jacpot.tickets.mask import Mask, chosen_mask
+from jacpot.tickets.parametrization import apply, bake
 from jacpot.tickets.prune import prune
 from jacpot.tickets.rounds import Round, Tickets
 from jacpot.tickets.score.plain import magnitude
@@ -91,8 +92,7 @@ def imp(
         Of the training rounds.
     allow_empty
         Whether a parameter may lose its last weight: see :func:`jacpot.tickets.prune`. Unless
-        told, the search ends with an error there; ``directory`` and ``on_round`` have kept the
-        rounds before.
+        told, the search ends with an error there.
     on_round
         Called with each :class:`Round` when it is done or found done.
     progress
@@ -110,6 +110,10 @@ def imp(
     ValueError
         If an argument is out of range, a parameter would lose its last weight, or
         ``directory`` holds a search with other settings.
+    BaseException
+        Whatever else ends the rounds early, ``KeyboardInterrupt`` and the errors of ``train`` and
+        ``score`` among it, comes as it is. Its attribute ``found`` is the :class:`Tickets` of the
+        rounds that were finished.
 
     Examples
     --------
@@ -129,7 +133,7 @@ def imp(
     [4, 2, 1]
     """
     _check(rounds, prune_fraction, rewind, layer_fractions, scope)
-    first = Mask.ones(module) if mask is None else checked_mask(module, mask)
+    first = chosen_mask(module, mask)
     for name in layer_fractions or {}:
         if name not in first:
             raise ValueError(f"argument 'layer_fractions': {name!r} is not among {list(first)}")
@@ -148,18 +152,35 @@ def imp(
         _claim(store, settings)
     start = _start(module, train, rewind, seed, store)
     found = Tickets(start, [])
-    for index in track(range(rounds + 1), "rounds", disable=not progress):
-        path = None if store is None else store / f"round-{index:03d}.safetensors"
-        if path is not None and path.exists():
-            done = Round.load(index, path)
-        else:
-            done = _round(index, found, train, rewind, seed, first, settings, score, allow_empty)
-            if path is not None:
-                done.save(path)
-        found.rounds.append(done)
-        if on_round is not None:
-            on_round(done)
+    with _kept_by_errors(found):
+        for index in track(range(rounds + 1), "rounds", disable=not progress):
+            path = None if store is None else store / f"round-{index:03d}.safetensors"
+            if path is not None and path.exists():
+                done = Round.load(index, path)
+            else:
+                done = _round(
+                    index, found, train, rewind, seed, first, settings, score, allow_empty
+                )
+                if path is not None:
+                    done.save(path)
+            found.rounds.append(done)
+            if on_round is not None:
+                on_round(done)
     return found
+
+
+@contextmanager
+def _kept_by_errors(found: Tickets) -> Iterator[None]:
+    """Let what ends a search carry the rounds that are finished, which took hours maybe."""
+    try:
+        yield
+    except BaseException as error:
+        error.found = found  # type: ignore[attr-defined]
+        if found.rounds and hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(
+                f"finished rounds: {len(found.rounds)}, in the attribute 'found' of this"
+            )
+        raise
 
 
 def _round(
@@ -265,11 +286,12 @@ def _check(
 ) -> None:
     if rounds < 0:
         raise ValueError(f"argument 'rounds' must be at least 0, got {rounds}")
-    for name, fraction in {"prune_fraction": prune_fraction, **(layer_fractions or {})}.items():
+    own = {f"layer_fractions[{name!r}]": value for name, value in (layer_fractions or {}).items()}
+    for name, fraction in {"prune_fraction": prune_fraction, **own}.items():
         if not isinstance(fraction, SupportsFloat):
-            raise TypeError(f"the fraction of {name!r} must be a number, got {fraction!r}")
+            raise TypeError(f"argument {name!r} must be a number, got {fraction!r}")
         if not 0 < fraction < 1:
-            raise ValueError(f"the fraction of {name!r} must lie in (0, 1), got {fraction}")
+            raise ValueError(f"argument {name!r} must lie in (0, 1), got {fraction}")
     if isinstance(rewind, bool):
         raise TypeError(f"argument 'rewind' must be a name or a step, got {rewind!r}")
     if rewind not in ("init", "learning-rate") and not (isinstance(rewind, int) and rewind >= 0):
