@@ -83,7 +83,7 @@ def isa(name: str) -> Iterator[None]:
     before = core.build_info()["isa"]
     if not core.force_isa(name):
         raise ValueError(
-            f"instruction set {name!r} is not available; "
+            f"argument 'name': instruction set {name!r} is not available; "
             f"this machine supports {', '.join(core.build_info()['isas_supported'])}"
         )
     try:

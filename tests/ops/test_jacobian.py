@@ -293,33 +293,33 @@ def test_numpy_comes_back_as_numpy():
 def test_refusals_name_the_argument():
     a, s = torch.ones(3, 1, 1, 2), torch.ones(3, 2, 1, 1, 4)
     block = ops.Factors(a, s)
-    with pytest.raises(TypeError, match=r"activations must be float32 or float64, got torch.int64"):
+    with pytest.raises(TypeError, match=r"'activations' must be float32 or float64, got"):
         ops.Factors(a.long(), s)
-    with pytest.raises(TypeError, match=r"signals must be torch.float32 like activations"):
+    with pytest.raises(TypeError, match=r"'signals' must be torch.float32 like 'activations'"):
         ops.Factors(a, s.double())
-    with pytest.raises(ValueError, match=r"signals must have shape \(3, K, 1, 1, O\)"):
+    with pytest.raises(ValueError, match=r"'signals' must have shape \(3, K, 1, 1, O\)"):
         ops.Factors(a, s[:2])
-    with pytest.raises(ValueError, match=r"pattern must have shape \(4, 2\), got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"'pattern' must have shape \(4, 2\), got \(2, 4\)"):
         ops.Factors(a, s, pattern=Kept(torch.ones(2, 4, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="blocks must hold at least one block"):
+    with pytest.raises(ValueError, match="'blocks' must hold at least one block"):
         ops.dense([])
-    with pytest.raises(ValueError, match=r"blocks\[1\] must have 3 examples"):
+    with pytest.raises(ValueError, match=r"'blocks\[1\]' must have 3 examples"):
         ops.dense([block, ops.Rows(torch.ones(4, 2, 1))])
     with pytest.raises(
-        ValueError, match=r"vectors\[0\] must have shape \(8,\) or \(8, R\), got \(7,\)"
+        ValueError, match=r"'vectors\[0\]' must have shape \(8,\) or \(8, R\), got \(7,\)"
     ):
         ops.jvp([block], [torch.ones(7)])
-    with pytest.raises(TypeError, match=r"vectors\[0\] must be torch.float32"):
+    with pytest.raises(TypeError, match=r"'vectors\[0\]' must be torch.float32"):
         ops.jvp([block], [torch.ones(8).double()])
-    with pytest.raises(ValueError, match=r"u must have shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"'u' must have shape \(3, 2\)"):
         ops.vjp([block], torch.ones(2, 3))
     with pytest.raises(
         ValueError, match="'outputs' must be 'full', 'trace' or 'diagonal', got 'sum'"
     ):
         ops.gram([block], outputs="sum")
-    with pytest.raises(ValueError, match="right must have 2 outputs like left, got 1"):
+    with pytest.raises(ValueError, match="'right' must have 2 outputs like 'left', got 1"):
         ops.gram([block], [ops.Factors(a, s[:, :1])])
-    with pytest.raises(ValueError, match=r"out must be contiguous of shape \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"'out' must be contiguous of shape \(3, 3\)"):
         ops.gram([block], outputs="trace", out=torch.ones(3, 2))
     with pytest.raises(ValueError, match="'dim' must be at least 1, got 0"):
         ops.sketch([block], 0)
@@ -340,7 +340,7 @@ def test_gram_refuses_other_weights_of_the_same_number():
     mask = torch.tensor([[True, False], [False, True]])
     a, s = torch.ones(3, 1, 1, 2), torch.ones(3, 1, 1, 1, 2)
     left, right = (ops.Factors(a, s, Kept(m)) for m in (mask, ~mask))
-    with pytest.raises(ValueError, match="right must hold the same weights as left"):
+    with pytest.raises(ValueError, match="'right' must hold the same weights as 'left'"):
         ops.gram([left], [right])
     again = ops.Factors(a, s, Kept(mask.clone()))
     assert torch.equal(ops.gram([left], [again]), ops.gram([left]))

@@ -306,7 +306,7 @@ def test_refuses_vectors_that_do_not_fit():
         J @ torch.zeros(3, dtype=torch.float64)
     with pytest.raises(ValueError, match="'u'"):
         J.T @ torch.zeros(3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="expected tensors"):
+    with pytest.raises(ValueError, match="'tensors' must name"):
         J @ {"0.weight": torch.zeros(8, 6, dtype=torch.float64)}
     with pytest.raises(ValueError, match="wrt"):
         jacpot.jacobian(net, examples(mlp, 4), wrt="some")

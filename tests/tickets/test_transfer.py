@@ -48,7 +48,7 @@ def test_squeezing_drops_layers():
 
 
 def test_elastic_refuses_another_family():
-    with pytest.raises(ValueError, match="no parameter of 'target'"):
+    with pytest.raises(ValueError, match="'target' must have a parameter of the name"):
         tickets.elastic(random_mask(mlp(1)), nn.Conv2d(1, 1, 3))
 
 

@@ -52,7 +52,7 @@ def iterate(
     """
     if method not in SOLVERS:
         raise NotImplementedError(
-            f"method {method!r} has no CUDA version, but 'cholesky', "
+            f"argument 'method': {method!r} has no CUDA version, but 'cholesky', "
             f"{', '.join(map(repr, SOLVERS))} have; or move the system to the CPU"
         )
     return refine(SOLVERS[method](a, b, x, damping, inverse, tol, max_iter, callback))

@@ -320,7 +320,9 @@ def _choose(method: str, a: LinearOperator, preconditioned: bool) -> str:
         raise ValueError(f"argument 'method' must be one of {METHODS}, got {method!r}")
     if method != "lsmr" and (not square or a.least_squares):
         got = f"shape {a.shape}" if not square else "a Jacobian"
-        raise ValueError(f"method {method!r} needs a square operator, got {got}; use 'lsmr'")
+        raise ValueError(
+            f"argument 'method': {method!r} needs a square operator, got {got}; use 'lsmr'"
+        )
     return method
 
 

@@ -49,12 +49,14 @@ def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, n
     """Give a block's right-hand sides as ``(P_block, R)``."""
     tensor = as_tensor(vector)
     if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} like the blocks, got {tensor.dtype}")
+        raise TypeError(f"argument {name!r} must be {dtype} like the blocks, got {tensor.dtype}")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the blocks, got {tensor.device}")
+        raise ValueError(
+            f"argument {name!r} must be on {device} like the blocks, got {tensor.device}"
+        )
     if tensor.ndim not in (1, 2) or tensor.shape[0] != size:
         raise ValueError(
-            f"{name} must have shape ({size},) or ({size}, R), got {tuple(tensor.shape)}"
+            f"argument {name!r} must have shape ({size},) or ({size}, R), got {tuple(tensor.shape)}"
         )
     return tensor.detach().reshape(size, 1 if tensor.ndim == 1 else tensor.shape[1])
 
@@ -105,14 +107,17 @@ def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
     n, k, dtype = check_blocks(blocks)
     if len(vectors) != len(blocks):
         raise ValueError(
-            f"vectors must hold one array per block, {len(blocks)}, got {len(vectors)}"
+            f"argument 'vectors' must hold one array per block, {len(blocks)}, got {len(vectors)}"
         )
     columns = [
         _columns(v, b.n_parameters, dtype, b.device, f"vectors[{i}]")
         for i, (b, v) in enumerate(zip(blocks, vectors, strict=True))
     ]
     if len({c.shape[1] for c in columns}) != 1 or len({v.ndim for v in vectors}) != 1:
-        raise ValueError("vectors must all be one column or all have the same number of columns")
+        raise ValueError(
+            "argument 'vectors' must all be one column or all have the same number of columns, got "
+            f"shapes {[tuple(v.shape) for v in vectors]}"
+        )
     r = columns[0].shape[1]
     out = torch.zeros(n, k, r, dtype=dtype, device=blocks[0].device)
     for block, column in zip(blocks, columns, strict=True):
@@ -152,12 +157,14 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
     n, k, dtype = check_blocks(blocks)
     tensor = as_tensor(u)
     if tensor.dtype != dtype:
-        raise TypeError(f"u must be {dtype} like the blocks, got {tensor.dtype}")
+        raise TypeError(f"argument 'u' must be {dtype} like the blocks, got {tensor.dtype}")
     if tensor.device != blocks[0].device:
-        raise ValueError(f"u must be on {blocks[0].device} like the blocks, got {tensor.device}")
+        raise ValueError(
+            f"argument 'u' must be on {blocks[0].device} like the blocks, got {tensor.device}"
+        )
     if tensor.ndim not in (2, 3) or tensor.shape[:2] != (n, k):
         raise ValueError(
-            f"u must have shape ({n}, {k}) or ({n}, {k}, R), got {tuple(tensor.shape)}"
+            f"argument 'u' must have shape ({n}, {k}) or ({n}, {k}, R), got {tuple(tensor.shape)}"
         )
     columns = tensor.detach().reshape(n, k, 1 if tensor.ndim == 2 else tensor.shape[2])
     columns = columns.contiguous()
@@ -357,7 +364,7 @@ def sketch(
         offsets = [0, *ends[:-1]]
     if len(offsets) != len(blocks):
         raise ValueError(
-            f"offsets must hold one number per block, {len(blocks)}, got {len(offsets)}"
+            f"argument 'offsets' must hold one number per block, {len(blocks)}, got {len(offsets)}"
         )
     out = torch.zeros(n, k, dim, dtype=dtype, device=blocks[0].device)
     key = (seed + 2**63) % 2**64 - 2**63

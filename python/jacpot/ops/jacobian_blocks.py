@@ -45,16 +45,20 @@ def _tensor(array: Any, name: str, rank: int) -> Tensor:
     ours = isinstance(array, Tensor | numpy.ndarray) or is_cupy(array)
     if not ours:
         raise TypeError(
-            f"{name} must be a torch.Tensor, numpy.ndarray or cupy.ndarray, "
+            f"argument {name!r} must be a torch.Tensor, numpy.ndarray or cupy.ndarray, "
             f"got {type(array).__name__}"
         )
     tensor = as_tensor(array)
     if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+        raise TypeError(f"argument {name!r} must be float32 or float64, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
+        raise ValueError(
+            f"argument {name!r} must be on the CPU or a CUDA device, got {tensor.device}"
+        )
     if tensor.ndim != rank:
-        raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"argument {name!r} must have {rank} dimensions, got shape {tuple(tensor.shape)}"
+        )
     return tensor.detach()
 
 
@@ -99,18 +103,23 @@ class Factors:
         a = _tensor(self.activations, "activations", 4)
         s = _tensor(self.signals, "signals", 5)
         if a.dtype != s.dtype:
-            raise TypeError(f"signals must be {a.dtype} like activations, got {s.dtype}")
+            raise TypeError(
+                f"argument 'signals' must be {a.dtype} like 'activations', got {s.dtype}"
+            )
         if a.device != s.device:
-            raise ValueError(f"signals must be on {a.device} like activations, got {s.device}")
+            raise ValueError(
+                f"argument 'signals' must be on {a.device} like 'activations', got {s.device}"
+            )
         n, t, g, i = a.shape
         if (s.shape[0], s.shape[2], s.shape[3]) != (n, t, g):
             raise ValueError(
-                f"signals must have shape ({n}, K, {t}, {g}, O) to go with activations of shape "
-                f"{tuple(a.shape)}, got {tuple(s.shape)}"
+                f"argument 'signals' must have shape ({n}, K, {t}, {g}, O) to go with "
+                f"'activations' of shape {tuple(a.shape)}, got {tuple(s.shape)}"
             )
         if self.pattern is not None and tuple(self.pattern.shape) != (g * s.shape[4], i):
             raise ValueError(
-                f"pattern must have shape ({g * s.shape[4]}, {i}), got {tuple(self.pattern.shape)}"
+                f"argument 'pattern' must have shape ({g * s.shape[4]}, {i}), "
+                f"got {tuple(self.pattern.shape)}"
             )
         object.__setattr__(self, "activations", a)
         object.__setattr__(self, "signals", s)
@@ -279,22 +288,28 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
         If there are none, or they differ in device, examples or outputs.
     """
     if not blocks:
-        raise ValueError(f"{name} must hold at least one block, got none")
+        raise ValueError(f"argument {name!r} must hold at least one block, got none")
     for i, block in enumerate(blocks):
         if not isinstance(block, Factors | Rows):
-            raise TypeError(f"{name}[{i}] must be Factors or Rows, got {type(block).__name__}")
+            raise TypeError(
+                f"argument '{name}[{i}]' must be Factors or Rows, got {type(block).__name__}"
+            )
     first = blocks[0]
     for i, block in enumerate(blocks):
         if block.dtype != first.dtype:
-            raise TypeError(f"{name}[{i}] must be {first.dtype} like {name}[0], got {block.dtype}")
+            raise TypeError(
+                f"argument '{name}[{i}]' must be {first.dtype} like '{name}[0]', got {block.dtype}"
+            )
         if block.device != first.device:
             raise ValueError(
-                f"{name}[{i}] must be on {first.device} like {name}[0], got {block.device}"
+                f"argument '{name}[{i}]' must be on {first.device} like '{name}[0]', "
+                f"got {block.device}"
             )
         if (block.n_examples, block.n_outputs) != (first.n_examples, first.n_outputs):
             raise ValueError(
-                f"{name}[{i}] must have {first.n_examples} examples and {first.n_outputs} outputs "
-                f"like {name}[0], got {block.n_examples} and {block.n_outputs}"
+                f"argument '{name}[{i}]' must have {first.n_examples} examples and "
+                f"{first.n_outputs} outputs like '{name}[0]', got {block.n_examples} and "
+                f"{block.n_outputs}"
             )
     return first.n_examples, first.n_outputs, first.dtype
 

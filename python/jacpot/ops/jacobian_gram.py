@@ -90,30 +90,37 @@ def gram(
             f"argument 'outputs' must be 'full', 'trace' or 'diagonal', got {outputs!r}"
         )
     if dtype_right != dtype:
-        raise TypeError(f"right must be {dtype} like left, got {dtype_right}")
+        raise TypeError(f"argument 'right' must be {dtype} like 'left', got {dtype_right}")
     if left[0].device != others[0].device:
-        raise ValueError(f"right must be on {left[0].device} like left, got {others[0].device}")
+        raise ValueError(
+            f"argument 'right' must be on {left[0].device} like 'left', got {others[0].device}"
+        )
     if k_right != k:
-        raise ValueError(f"right must have {k} outputs like left, got {k_right}")
+        raise ValueError(f"argument 'right' must have {k} outputs like 'left', got {k_right}")
     sizes = [b.n_parameters for b in left], [b.n_parameters for b in others]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"right must have blocks of {sizes[0]} parameters like left, got {sizes[1]}"
+            f"argument 'right' must have blocks of {sizes[0]} parameters like 'left', "
+            f"got {sizes[1]}"
         )
     for a, b in zip(left, others, strict=True):
         if isinstance(a, Factors) and isinstance(b, Factors) and not _same_weights(a, b):
-            raise ValueError("right must hold the same weights as left, got others")
+            raise ValueError("argument 'right' must hold the same weights as 'left', got others")
     shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     if out is None:
         result = torch.empty(shape, dtype=dtype, device=left[0].device)
     else:
         result = as_tensor(out)
         if result.dtype != dtype:
-            raise TypeError(f"out must be {dtype}, got {result.dtype}")
+            raise TypeError(f"argument 'out' must be {dtype}, got {result.dtype}")
         if result.device != left[0].device:
-            raise ValueError(f"out must be on {left[0].device} like left, got {result.device}")
+            raise ValueError(
+                f"argument 'out' must be on {left[0].device} like 'left', got {result.device}"
+            )
         if tuple(result.shape) != shape or not result.is_contiguous():
-            raise ValueError(f"out must be contiguous of shape {shape}, got {tuple(result.shape)}")
+            raise ValueError(
+                f"argument 'out' must be contiguous of shape {shape}, got {tuple(result.shape)}"
+            )
     fused, generated = [], []
     for a, b in zip(left, others, strict=True):
         if not (isinstance(a, Factors) and isinstance(b, Factors)):

@@ -97,14 +97,14 @@ class Columns:
         """
         names = [column.name for column in self.parameters]
         if set(tensors) != set(names):
-            raise ValueError(f"expected tensors for {names}, got {list(tensors)}")
+            raise ValueError(f"argument 'tensors' must name {names}, got {list(tensors)}")
         parts = []
         for column in self.parameters:
             tensor = tensors[column.name]
             if tensor.shape != column.shape:
                 raise ValueError(
-                    f"expected shape {tuple(column.shape)} for {column.name!r}, got "
-                    f"{tuple(tensor.shape)}"
+                    f"argument 'tensors' must have shape {tuple(column.shape)} for "
+                    f"{column.name!r}, got {tuple(tensor.shape)}"
                 )
             flat = tensor.detach().flatten()
             parts.append(flat if column.kept is None else flat[column.kept])

@@ -202,13 +202,14 @@ class Fit(Solution):
 
     def _squared(self) -> Problem:
         if self.problem is None or self.problem.loss != "mse":
-            raise ValueError("this is defined for fits of the squared loss only")
+            loss = None if self.problem is None else self.problem.loss
+            raise ValueError(f"only a fit with loss='mse' has this, got loss={loss!r}")
         return self.problem
 
     def _needs_ridge(self) -> None:
         self._squared()
         if self.ridge <= 0:
-            raise ValueError("this needs a fit with a ridge above 0")
+            raise ValueError(f"only a fit with a ridge above 0 has this, got ridge={self.ridge}")
 
 
 def cross_kernel(problem: Problem, other: Jacobian) -> Tensor:

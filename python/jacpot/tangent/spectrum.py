@@ -42,7 +42,7 @@ class Spectrum:
         size = jacobian.shape[0]
         if size > LIMIT:
             raise ValueError(
-                f"this needs the kernel's eigenvalues, and N·K = {size} is above {LIMIT}"
+                f"the kernel's eigenvalues are found up to N·K = {LIMIT}, got N·K = {size}"
             )
         kernel = KernelOperator(jacobian).double().dense()
         values, self.vectors = torch.linalg.eigh((kernel + kernel.T) / 2)

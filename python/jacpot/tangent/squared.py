@@ -116,7 +116,9 @@ def _choose(method: str, jacobian: JacobianOperator, ridge: float) -> str:
     rows, columns = jacobian.shape
     if method != "auto":
         if ridge == 0 and method in ("dual", "primal"):
-            raise ValueError(f"method {method!r} needs a ridge above 0; use 'lsmr' or 'svd'")
+            raise ValueError(
+                f"argument 'method': {method!r} needs a ridge above 0, got 0; use 'lsmr' or 'svd'"
+            )
         return method
     if ridge == 0:
         return "svd" if rows * columns <= DENSE_ELEMENTS else "lsmr"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from jacpot.tickets._names import named_parameters
+from jacpot.nn.worn import named_parameters
 from jacpot.tickets.mask import Mask
 
 __all__ = ["elastic"]
@@ -72,7 +72,10 @@ def elastic(
             else:
                 sources[name] = source[index * len(source) // len(names)]
     if not sources:
-        raise ValueError("no parameter of 'target' has the name and shape of one that 'mask' names")
+        raise ValueError(
+            "argument 'target' must have a parameter of the name and shape of one that 'mask' "
+            f"names, got {', '.join(shapes) or 'none'}"
+        )
     return Mask({name: mask[sources[name]] for name in shapes if name in sources})
 
 

@@ -107,16 +107,16 @@ def _refuse_cut(
     if network is not None:
         if not inspect(network[0], mask, network[1]).connected:
             raise ValueError(
-                f"density {density} leaves no path from input to output; choose another scope, or "
-                "pass allow_empty=True"
+                f"argument 'density': {density} leaves no path from input to output; choose "
+                "another scope, or pass allow_empty=True"
             )
         return
     emptied = [name for name, m in mask.items() if m.numel() and not m.any()]
     if emptied:
         raise ValueError(
-            f"density {density} leaves {', '.join(emptied)} without a weight, which cuts a plain "
-            "network in two; choose another scope, pass the network to have its paths looked at, "
-            "or allow_empty=True"
+            f"argument 'density': {density} leaves {', '.join(emptied)} without a weight, which "
+            "cuts a plain network in two; choose another scope, pass the network to have its paths "
+            "looked at, or allow_empty=True"
         )
 
 

@@ -53,7 +53,7 @@ class Round:
             metrics = json.dumps(self.metrics)
         except TypeError as error:
             raise TypeError(
-                f"the metrics that training returns must be plain enough for JSON: {error}"
+                f"argument 'train' must return metrics plain enough for JSON: {error}"
             ) from error
         tensors = {f"mask/{name}": mask for name, mask in self.mask.items()}
         tensors.update({f"state/{name}": value for name, value in self.state.items()})
@@ -70,7 +70,7 @@ class Round:
         """Read what :meth:`save` wrote."""
         tensors, header = read_tensors(path)
         if header.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no round of a search")
+            raise ValueError(f"argument 'path': {path} is no round of a search")
         mask = Mask({name: tensors[f"mask/{name}"] for name in json.loads(header["mask"])})
         state = {name: tensors[f"state/{name}"] for name in json.loads(header["state"])}
         return cls(index, mask, json.loads(header["metrics"]), state)

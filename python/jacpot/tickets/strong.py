@@ -158,7 +158,9 @@ def approximate(
     True
     """
     if not epsilon > 0 or not scale > 0:
-        raise ValueError(f"'epsilon' and 'scale' must be positive, got {epsilon} and {scale}")
+        raise ValueError(
+            f"arguments 'epsilon' and 'scale' must be positive, got {epsilon} and {scale}"
+        )
     if samples < 1:
         raise ValueError(f"argument 'samples' must be at least 1, got {samples}")
     layers: list[nn.Module] = []

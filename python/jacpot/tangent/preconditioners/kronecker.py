@@ -38,7 +38,7 @@ class Kronecker(Preconditioner):
         """Make it for a `GaussNewtonOperator` with a ridge above zero."""
         if not isinstance(operator, GaussNewtonOperator):
             raise TypeError(
-                "the Kronecker preconditioner needs the primal's matrix, got "
+                "argument 'preconditioner': the Kronecker one needs the primal's matrix, got "
                 f"{type(operator).__name__}"
             )
         if 0 in operator.jacobian.shape or damping <= 0:

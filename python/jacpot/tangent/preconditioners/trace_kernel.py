@@ -54,8 +54,8 @@ class TraceKernel(Preconditioner):
         """Make it for a `KernelOperator` with a ridge above zero."""
         if not isinstance(operator, KernelOperator):
             raise TypeError(
-                "the trace-kernel preconditioner needs a tangent kernel (the dual), got "
-                f"{type(operator).__name__}"
+                "argument 'preconditioner': the trace kernel needs a tangent kernel (the dual), "
+                f"got {type(operator).__name__}"
             )
         if operator.shape[0] == 0:
             return Prepared(None, "none")

@@ -116,7 +116,9 @@ def register_layer_rule(
         signals, *names = signature.parameters
         for layer in layers:
             if not callable(layer):
-                raise TypeError(f"a layer must be a module class or a function, got {layer!r}")
+                raise TypeError(
+                    f"argument 'layers' must be module classes or functions, got {layer!r}"
+                )
             own = () if is_module_class(layer) else parameters
             seen = [name for name in names[is_module_class(layer) :] if name not in own]
             if not seen:
