@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import pytest
@@ -29,11 +30,23 @@ def test_docstring_examples(name: str, tmp_path, monkeypatch):
     assert failures == 0
 
 
-def test_public_functions_have_examples():
-    """What `import jacpot` offers is documented with an example that the test above runs."""
+# The command line says of itself what it does.
+PACKAGES = ["jacpot"] + [
+    found.name
+    for found in pkgutil.walk_packages(jacpot.__path__, "jacpot.")
+    if found.ispkg and found.name != "jacpot.cli"
+]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_public_names_have_examples(name: str):
+    """What a package offers, results included, has an example that the test above runs."""
+    package = importlib.import_module(name)
+    offered = {key: getattr(package, key) for key in getattr(package, "__all__", ())}
     without = [
-        name
-        for name in jacpot.__all__
-        if callable(getattr(jacpot, name)) and ">>>" not in (getattr(jacpot, name).__doc__ or "")
+        key
+        for key, value in offered.items()
+        if (inspect.isclass(value) or inspect.isroutine(value))
+        and ">>>" not in (value.__doc__ or "")
     ]
     assert without == []

@@ -39,6 +39,17 @@ class LinearOperator:
     least_squares : bool
         Whether it stands for a least-squares problem even if it is square: then `jacpot.solve`
         adds damping to the normal equations.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.linalg import LinearOperator
+    >>> class Scaling(LinearOperator):
+    ...     shape, dtype = (3, 3), torch.float64
+    ...     def _matmat(self, x):
+    ...         return 2 * x
+    >>> jacpot.solve(Scaling(), torch.ones(3, dtype=torch.float64)).x
+    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
     shape: tuple[int, int]

@@ -10,7 +10,19 @@ __all__ = ["Interrupted", "Solution", "SolverError", "Status"]
 
 
 class Status(Enum):
-    """How a solve ended; the value is the name, `message` the sentence."""
+    """How a solve ended; the value is the name, `message` the sentence.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.linalg import Status
+    >>> solution = jacpot.solve(torch.diag(torch.arange(1.0, 9.0)), torch.ones(8), method="cg",
+    ...                         max_iter=2)
+    >>> solution.status is Status.iteration_limit
+    True
+    >>> solution.status.message
+    'the iteration limit was reached; raise max_iter or use a preconditioner'
+    """
 
     converged = "converged"
     stagnated = "stagnated"
@@ -43,7 +55,18 @@ _MESSAGES = {
 
 
 class SolverError(RuntimeError):
-    """Raised by `Solution.raise_if_failed`."""
+    """Raised by `Solution.raise_if_failed`.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> singular = jacpot.solve(torch.zeros(2, 2), torch.ones(2), method="cg")
+    >>> try:
+    ...     singular.raise_if_failed()
+    ... except jacpot.linalg.SolverError as error:
+    ...     print(str(error).split()[0])
+    inconsistent
+    """
 
 
 @dataclass
@@ -117,7 +140,21 @@ class Solution:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a solve; ``solution`` holds the iterate reached so far."""
+    """Ctrl-C during a solve; ``solution`` holds the iterate reached so far.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> def press_ctrl_c(iteration, residual, seconds):
+    ...     if iteration == 3:
+    ...         raise KeyboardInterrupt
+    >>> diagonal = torch.diag(torch.arange(1.0, 9.0))
+    >>> try:
+    ...     jacpot.solve(diagonal, torch.ones(8), method="cg", callback=press_ctrl_c)
+    ... except jacpot.linalg.Interrupted as stop:
+    ...     stop.solution.status.value, stop.solution.x.shape
+    ('interrupted', torch.Size([8]))
+    """
 
     def __init__(self, solution: Solution) -> None:
         super().__init__(str(solution))

@@ -21,6 +21,14 @@ class SubsetSum(NamedTuple):
         ``(M, n)`` bool: which samples are in the subset of each target.
     sums
         ``(M,)`` float64: the sums of those samples.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> mask, sums = tickets.subset_sum(torch.tensor([[2.0, 3.0, 7.0]]), torch.tensor([9.0]))
+    >>> mask.tolist(), sums.tolist()
+    ([[True, False, True]], [9.0])
     """
 
     mask: Any

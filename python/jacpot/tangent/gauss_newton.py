@@ -46,6 +46,14 @@ class GaussNewton:
     batch_size : int
         Of the last step.
     seconds : float
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> x = torch.randn(20, 2)
+    >>> result = jacpot.gauss_newton(torch.nn.Linear(2, 1), x, x[:, :1], max_steps=3)
+    >>> len(result.losses) == result.steps + 1
+    True
     """
 
     status: Status

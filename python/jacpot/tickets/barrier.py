@@ -28,6 +28,13 @@ class Barrier:
         From 0 (the first network) to 1 (the second).
     values
         The error at each.
+
+    Examples
+    --------
+    >>> from jacpot import tickets
+    >>> path = tickets.Barrier(positions=(0.0, 0.5, 1.0), values=(0.1, 0.4, 0.3))
+    >>> round(path.height, 3), round(path.excess, 3)
+    (0.2, 0.2)
     """
 
     positions: tuple[float, ...]

@@ -69,6 +69,18 @@ class MultigraphLinear(nn.Module):
         ``(2 * E,)``: what the edges of every bundle weigh.
     mask
         ``(2 * E, out, in + 1)`` bool; the last input is the constant 1 of the bias.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[0.75, -2.0]])), layer.bias.data.zero_()
+    >>> graph = tickets.MultigraphLinear(layer)
+    >>> graph.edges.tolist()
+    [2.0, 1.0, 0.5, 0.25, -2.0, -1.0, -0.5, -0.25]
+    >>> graph(torch.tensor([4.0, 1.0])).item()
+    1.0
     """
 
     edges: Tensor

@@ -27,6 +27,15 @@ class Overlap:
         What ``both`` would be on average for independent masks of the same layer densities.
     layers
         The same of each parameter by name; empty for a single parameter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import Mask, tickets
+    >>> mask = Mask({"w": torch.arange(100) < 20})
+    >>> itself = tickets.overlap(mask, mask)
+    >>> itself.both, itself.chance, itself.jaccard, itself.excess
+    (20, 4.0, 1.0, 1.0)
     """
 
     both: int

@@ -30,6 +30,15 @@ class Planted:
         The network that made the data, wearing ``mask``.
     x, y
         Inputs, standard normal, and the teacher's outputs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> planted = tickets.plant(torch.nn.Linear(10, 1), 0.3, 50, (10,))
+    >>> guess = tickets.random_mask(planted.mask, seed=1)
+    >>> tickets.overlap(planted.mask, guess).jaccard < 1
+    True
     """
 
     mask: Mask

@@ -28,6 +28,16 @@ class PathReport:
         As it was given.
     effective
         The kept weights that lie on some path from an input to an output; the others are dead.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    >>> mask = {"0.weight": torch.eye(2) > 0, "1.weight": torch.tensor([[True, False]])}
+    >>> report = tickets.inspect(net, mask, torch.ones(1, 2))
+    >>> report.connected, report.mask.density, report.effective_density
+    (True, 0.5, 0.3333333333333333)
     """
 
     mask: Mask

@@ -35,6 +35,15 @@ class Round:
         What the training function returned.
     state
         The trained ``state_dict``, pruned weights at zero.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> found = tickets.imp(torch.nn.Linear(4, 2), lambda net: {"loss": 0.5}, rounds=1)
+    >>> last = found.rounds[-1]
+    >>> last.index, last.mask.nnz, last.metrics
+    (1, 6, {'loss': 0.5})
     """
 
     index: int
@@ -86,6 +95,18 @@ class Tickets:
         The network that every ticket starts from: at initialisation, or at the step rewound to.
     rounds
         From dense to sparse.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> net = torch.nn.Linear(4, 2)
+    >>> found = tickets.imp(net, lambda net: None, rounds=2, prune_fraction=0.5)
+    >>> [mask.density for mask in found.masks]
+    [1.0, 0.5, 0.25]
+    >>> ticket = found.ticket()  # before training; found.trained() is after
+    >>> torch.equal(ticket.weight, net.weight * found.mask["weight"])
+    True
     """
 
     start: nn.Module

@@ -30,6 +30,16 @@ class KernelSimilarity:
         Frobenius distance by the norm of the first kernel.
     spectra
         Eigenvalues of either kernel, from high to low, ``(N,)`` float64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 20), torch.nn.ReLU(), torch.nn.Linear(20, 2))
+    >>> half = tickets.prune(tickets.score.magnitude(net), 0.5)
+    >>> alike = tickets.kernel_similarity(net, torch.randn(10, 3), None, half)
+    >>> 0 < alike.cka < 1, alike.spectra[0].shape
+    (True, torch.Size([10]))
     """
 
     cka: float
@@ -127,6 +137,15 @@ class TangentFit:
         Mean over examples of half the squared distance to the targets.
     train_accuracy, test_accuracy
         Share of right labels; None where ``y`` is not labels.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> net, x = torch.nn.Linear(3, 2), torch.eye(3)
+    >>> fit = tickets.tangent_fits(net, {"all": None}, x, x[:, :2], x, x[:, :2])["all"]
+    >>> fit.density, round(fit.test_loss, 6), fit.test_accuracy
+    (1.0, 0.0, None)
     """
 
     density: float

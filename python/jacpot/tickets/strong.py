@@ -75,6 +75,16 @@ class Approximation:
         Weights of the target that no subset came within ``epsilon`` of.
     max_error
         The largest error of a weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> found = tickets.approximate(torch.nn.Sequential(torch.nn.Linear(3, 4)), samples=20)
+    >>> found.weights, found.failure_share
+    (16, 0.0)
+    >>> found.overparameterisation > found.kept > found.bound / 2
+    True
     """
 
     network: nn.Sequential

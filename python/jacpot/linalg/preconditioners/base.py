@@ -25,6 +25,18 @@ class Prepared:
         identity.
     description : str
         Name and size, and the reason where there was a choice.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.linalg import DenseOperator
+    >>> from jacpot.linalg.preconditioners import Diagonal
+    >>> matrix = DenseOperator(torch.tensor([[1.0, 0.5], [0.5, 4.0]]))
+    >>> prepared = Diagonal().prepare(matrix, damping=0.0)
+    >>> prepared.description
+    'diagonal'
+    >>> prepared.inverse @ torch.ones(2)
+    tensor([1.0000, 0.2500], dtype=torch.float64)
     """
 
     inverse: LinearOperator | None
@@ -32,7 +44,21 @@ class Prepared:
 
 
 class Preconditioner:
-    """Settings of a preconditioner; :meth:`prepare` does the work."""
+    """Settings of a preconditioner; :meth:`prepare` does the work.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.linalg import FunctionOperator
+    >>> from jacpot.linalg.preconditioners import Preconditioner, Prepared
+    >>> class Halving(Preconditioner):
+    ...     def prepare(self, operator, damping):
+    ...         return Prepared(FunctionOperator(operator.shape, lambda x: x / 2), "halving")
+    >>> solution = jacpot.solve(2 * torch.eye(3), torch.ones(3), method="cg",
+    ...                         preconditioner=Halving())
+    >>> solution.converged, solution.preconditioner
+    (True, 'halving')
+    """
 
     def prepare(self, operator: LinearOperator, damping: float) -> Prepared:
         """Make it for ``operator + damping·I``, symmetric positive (semi-)definite."""

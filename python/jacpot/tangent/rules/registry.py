@@ -28,6 +28,14 @@ class LayerRule:
         Names of its arguments for the signals and for what the layer sees.
     parameters
         Names of its arguments that may be parameters of a network; of a module rule none are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.tangent.rules import RULES
+    >>> rule = RULES[torch.nn.functional.linear]
+    >>> rule.input, rule.parameters
+    ('input', ('weight', 'bias'))
     """
 
     function: RuleFunction

@@ -63,6 +63,15 @@ class Outer:
         Whether the parameter is laid out as ``(G, I, O)`` instead of ``(G, O, I)``.
     pattern
         Of a sparse weight ``(G·O, I)`` whose kept entries, row by row, are the parameter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.tangent.rules import Outer
+    >>> share = Outer(activations=torch.tensor([[[[1.0, 2.0]]]]),
+    ...               signals=torch.tensor([[[[[3.0, 4.0]]]]]))
+    >>> share.rows()  # one instance, one output, a weight of shape (2, 2)
+    tensor([[[3., 6., 4., 8.]]])
     """
 
     activations: Tensor | Windows
@@ -114,6 +123,13 @@ class Summed:
     """A bias' share, ``J[m,k,(g,o)] = Σ_t signals[m,k,t,g,o]``.
 
     Give the very tensor that an :class:`Outer` holds: the two are then one block.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.tangent.rules import Summed
+    >>> Summed(torch.ones(1, 1, 5, 1, 2)).rows()  # five positions
+    tensor([[[5., 5.]]])
     """
 
     signals: Tensor
@@ -135,6 +151,22 @@ class Rows:
     ----------
     values
         ``(M, K, ...)``, the parameter's elements in its own order.
+
+    Examples
+    --------
+    >>> import torch, jacpot
+    >>> from jacpot.tangent.rules import Rows
+    >>> class Scale(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.factor = torch.nn.Parameter(torch.ones(3))
+    ...     def forward(self, x):
+    ...         return self.factor * x
+    >>> @jacpot.register_layer_rule(Scale)
+    ... def scale(signals, layer, x):  # signals (M, K, 3), x (M, 3)
+    ...     return {"factor": Rows(signals * x[:, None])}
+    >>> jacpot.jacobian(Scale(), torch.tensor([[1.0, 2.0, 3.0]])).dense()[0].diagonal()
+    tensor([1., 2., 3.])
     """
 
     values: Tensor

@@ -26,6 +26,18 @@ class Supermask(nn.Module):
     ----------
     network
         A copy of the original; its chosen parameters are parametrized by a score each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot import tickets
+    >>> hidden = tickets.supermask(torch.nn.Linear(8, 4), density=0.25)
+    >>> optimizer = torch.optim.SGD([p for p in hidden.parameters() if p.requires_grad], lr=0.1)
+    >>> hidden(torch.randn(5, 8)).square().sum().backward()
+    >>> optimizer.step()  # moves scores, and so the choice
+    >>> plain = hidden.bake()
+    >>> plain, int((plain.weight != 0).sum())
+    (Linear(in_features=8, out_features=4, bias=True), 8)
     """
 
     def __init__(self, network: nn.Module, selectors: Mapping[str, Selector]) -> None:
