@@ -45,7 +45,7 @@ def cupy(monkeypatch):
 
 def test_cupy_arrays_share_their_memory(cupy):
     tensor = torch.arange(6.0).view(2, 3)
-    seen = as_tensor(Array(tensor))
+    seen = as_tensor("x", Array(tensor))
     assert seen.data_ptr() == tensor.data_ptr()
     assert isinstance(like(seen, Array(tensor)), Array)
     assert like(seen, Array(tensor)).tensor.data_ptr() == tensor.data_ptr()
@@ -53,8 +53,8 @@ def test_cupy_arrays_share_their_memory(cupy):
 
 def test_numpy_arrays_share_their_memory():
     array = np.arange(6.0).reshape(2, 3)
-    assert as_tensor(array).data_ptr() == array.ctypes.data
-    assert isinstance(like(as_tensor(array), array), np.ndarray)
+    assert as_tensor("x", array).data_ptr() == array.ctypes.data
+    assert isinstance(like(as_tensor("x", array), array), np.ndarray)
 
 
 def test_cupy_in_cupy_out(cupy):

@@ -330,7 +330,7 @@ def test_refusals():
         jacpot.masked_matmul(x, values, pattern, layout="column")
     with pytest.raises(TypeError, match="'values' must be float32 like 'x', got float64"):
         jacpot.masked_matmul(x, values.double(), pattern)
-    with pytest.raises(TypeError, match="'x' must be float32 or float64, got int64"):
+    with pytest.raises(TypeError, match="'x' must be bfloat16, float32 or float64, got int64"):
         jacpot.masked_matmul(x.long(), values.long(), pattern)
 
 

@@ -77,5 +77,5 @@ def test_refusals():
         tickets.subset_sum(torch.rand(2, 4), torch.rand(2).double())
     with pytest.raises(ValueError, match="'samples' must be finite"):
         tickets.subset_sum(torch.full((1, 2), float("nan")), torch.rand(1))
-    with pytest.raises(TypeError, match="'samples' must be a NumPy array"):
+    with pytest.raises(TypeError, match="'samples' must be a NumPy, PyTorch or CuPy array"):
         tickets.subset_sum([[1.0]], torch.rand(1))

@@ -315,7 +315,7 @@ def as_operator(operator: Any, rhs: Any) -> LinearOperator:
         return _from_sparse(operator.detach())
     if isinstance(operator, (Tensor, numpy.ndarray)) or is_cupy(operator):
         return DenseOperator(operator)
-    tensor = as_tensor(rhs)
+    tensor = as_tensor("rhs", rhs)
     dtype = torch.float32 if tensor.dtype == torch.float32 else torch.float64
     shape = getattr(operator, "shape", None)
     if shape is not None and len(shape) == 2 and hasattr(operator, "__matmul__"):
@@ -357,7 +357,7 @@ def _from_object(
     )
 
     def product(side: Any) -> Callable[[Tensor], Tensor]:
-        return lambda x: as_tensor(side @ as_kind(x, kind)).contiguous()
+        return lambda x: as_tensor("operator", side @ as_kind(x, kind)).contiguous()
 
     where = torch.device("cpu") if kind == "numpy" else device
     return FunctionOperator(shape, product(operator), product(operator.T), working, device=where)
@@ -369,7 +369,7 @@ def _from_function(
     size, flat = rhs.shape[0], rhs.ndim == 1
 
     def matmat(x: Tensor) -> Tensor:
-        out = as_tensor(function(like(x[:, 0] if flat else x, rhs)))
+        out = as_tensor("operator", function(like(x[:, 0] if flat else x, rhs)))
         return out[:, None] if flat else out
 
     return FunctionOperator((size, size), matmat, dtype=dtype, device=device)
@@ -377,28 +377,16 @@ def _from_function(
 
 def _as_tensor(array: Any, name: str) -> Tensor:
     """Take a tensor, NumPy or CuPy array of a float dtype, without a copy where possible."""
-    if is_cupy(array):
-        array = as_tensor(array)
-    if isinstance(array, numpy.ndarray):
-        if array.dtype not in (numpy.float32, numpy.float64):
-            raise TypeError(f"argument {name!r} must be float32 or float64, got {array.dtype}")
-        if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
-            array = array.copy()
-        return torch.from_numpy(array)
-    if not isinstance(array, Tensor):
-        raise TypeError(
-            f"argument {name!r} must be a tensor, a NumPy or a CuPy array, got "
-            f"{type(array).__name__}"
-        )
-    if array.dtype not in _FLOATS:
-        raise TypeError(f"argument {name!r} must be float32 or float64, got {array.dtype}")
-    if array.layout != torch.strided:
-        raise TypeError(f"argument {name!r} must be a dense tensor, got layout {array.layout}")
-    if array.device.type not in ("cpu", "cuda"):
+    tensor = as_tensor(name, array)
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"argument {name!r} must be float32 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"argument {name!r} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"argument {name!r} must be on the CPU or a CUDA device, got {array.device}"
+            f"argument {name!r} must be on the CPU or a CUDA device, got {tensor.device}"
         )
-    return array.detach()
+    return tensor.detach()
 
 
 def power_of_two(columns: Tensor) -> Tensor:

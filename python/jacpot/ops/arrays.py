@@ -14,8 +14,8 @@ from torch.utils.dlpack import from_dlpack
 __all__ = [
     "Kind",
     "as_kind",
+    "as_output",
     "as_tensor",
-    "expect_kind",
     "is_cupy",
     "kind_of",
     "like",
@@ -37,32 +37,51 @@ def kind_of(array: Any) -> Kind:
     return "cupy" if is_cupy(array) else "numpy"
 
 
-def expect_kind(name: str, array: Any, kind: Kind) -> None:
-    """Refuse what is no array, or another library's than ``kind`` says."""
+def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
+    """Give an array as a tensor on the same memory, to be read.
+
+    DLPack orders CuPy's current stream before PyTorch's, without waiting on the host.
+
+    Raises
+    ------
+    TypeError
+        With the argument's name, if it is no array, another library's than ``kind`` says, or holds
+        what PyTorch has no numbers for.
+    """
     if not isinstance(array, Tensor | numpy.ndarray) and not is_cupy(array):
         raise TypeError(
             f"argument {name!r} must be a NumPy, PyTorch or CuPy array, got {type(array).__name__}"
         )
-    if kind_of(array) != kind:
+    if kind is not None and kind_of(array) != kind:
         raise TypeError(
             f"argument {name!r} must be of {kind} like the others, got {kind_of(array)}"
         )
-
-
-def as_tensor(array: Any) -> Tensor:
-    """Give a NumPy or CuPy array as a tensor on the same memory.
-
-    DLPack orders CuPy's current stream before PyTorch's, without waiting on the host.
-    """
+    if isinstance(array, Tensor):
+        return array
     if is_cupy(array):
         tensor: Tensor = from_dlpack(array)
         return tensor
-    if isinstance(array, numpy.ndarray) and any(stride < 0 for stride in array.strides):
+    if isinstance(array, numpy.ma.MaskedArray):
+        raise TypeError(f"argument {name!r} must be a plain array, got a masked one; fill it first")
+    if any(stride < 0 for stride in array.strides):
         array = array.copy()  # tensors have no negative strides
-    with warnings.catch_warnings():
-        # Nothing is written to what callers give.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.as_tensor(array)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(array)
+    except (TypeError, ValueError):  # long doubles, objects, another byte order
+        raise TypeError(
+            f"argument {name!r} must be of a dtype that PyTorch has, in this machine's byte order, "
+            f"got {array.dtype}"
+        ) from None
+
+
+def as_output(name: str, array: Any) -> Tensor:
+    """Give an array as a tensor on the same memory, to be written to."""
+    flags = array.flags if isinstance(array, numpy.ndarray) else None
+    if flags is not None and not (flags.writeable and flags.c_contiguous):
+        raise ValueError(f"argument {name!r} must be writeable and contiguous in C order")
+    return as_tensor(name, array)
 
 
 def like(result: Tensor, array: Any) -> Any:
@@ -82,7 +101,7 @@ def as_kind(result: Tensor, kind: Kind) -> Any:
 def mask_of_sparse(matrix: Any) -> Tensor:
     """Give the boolean mask ``(out, in)`` of the stored entries of a SciPy or CuPy matrix."""
     entries = matrix.tocoo()
-    row, column = as_tensor(entries.row).long(), as_tensor(entries.col).long()
+    row, column = (as_tensor("mask", axis).long() for axis in (entries.row, entries.col))
     mask = torch.zeros(matrix.shape, dtype=torch.bool, device=row.device)
     mask[row, column] = True
     return mask

@@ -47,7 +47,7 @@ def _like(result: Tensor, blocks: Sequence[Block]) -> Any:
 
 def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
     """Give a block's right-hand sides as ``(P_block, R)``."""
-    tensor = as_tensor(vector)
+    tensor = as_tensor(name, vector)
     if tensor.dtype != dtype:
         raise TypeError(f"argument {name!r} must be {dtype} like the blocks, got {tensor.dtype}")
     if tensor.device != device:
@@ -155,7 +155,7 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
     [tensor([1., 2., 3.])]
     """
     n, k, dtype = check_blocks(blocks)
-    tensor = as_tensor(u)
+    tensor = as_tensor("u", u)
     if tensor.dtype != dtype:
         raise TypeError(f"argument 'u' must be {dtype} like the blocks, got {tensor.dtype}")
     if tensor.device != blocks[0].device:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor
 
 from jacpot._backend import threads
-from jacpot.ops.arrays import Kind, as_tensor, is_cupy, kind_of
+from jacpot.ops.arrays import Kind, as_tensor, kind_of
 from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = ["Block", "Factors", "KeptWeights", "Rows", "check_blocks", "row_panels"]
@@ -42,13 +41,7 @@ class KeptWeights(Protocol):
 
 def _tensor(array: Any, name: str, rank: int) -> Tensor:
     """Give the argument as a tensor that shares its memory, or a refusal that names it."""
-    ours = isinstance(array, Tensor | numpy.ndarray) or is_cupy(array)
-    if not ours:
-        raise TypeError(
-            f"argument {name!r} must be a torch.Tensor, numpy.ndarray or cupy.ndarray, "
-            f"got {type(array).__name__}"
-        )
-    tensor = as_tensor(array)
+    tensor = as_tensor(name, array)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"argument {name!r} must be float32 or float64, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from jacpot import _backend
 from jacpot._backend import threads
 from jacpot.ops import jacobian_cuda
-from jacpot.ops.arrays import as_kind, as_tensor
+from jacpot.ops.arrays import as_kind, as_output
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_kernels import kernels
 
@@ -110,7 +110,7 @@ def gram(
     if out is None:
         result = torch.empty(shape, dtype=dtype, device=left[0].device)
     else:
-        result = as_tensor(out)
+        result = as_output("out", out)
         if result.dtype != dtype:
             raise TypeError(f"argument 'out' must be {dtype}, got {result.dtype}")
         if result.device != left[0].device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacpot.ops.masked_conv2d_operators import multiply
-from jacpot.ops.masked_matmul import expand_block, product
+from jacpot.ops.masked_matmul import check_dtypes, expand_block, product
 from jacpot.ops.pattern import Pattern
 
 __all__ = ["Window", "convolve", "dense_is_faster", "masked_conv2d", "window_of"]
@@ -119,10 +119,7 @@ def convolve(
         raise ValueError(
             f"argument 'x' is smaller than the kernel: {tuple(x.shape)} for {window.size}"
         )
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            expected, got = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
-            raise TypeError(f"argument {name!r} must be {expected} like 'x', got {got}")
+    check_dtypes(x, values, bias)
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Sums are taken in float32.
         wide_bias = None if bias is None else bias.float()

@@ -61,7 +61,7 @@ def _forward_cpu(
     _backend.core.masked_conv2d(
         pattern,
         values.detach().contiguous(),
-        None if bias is None else bias.detach(),
+        None if bias is None else bias.detach().contiguous(),
         relu,
         x.detach().contiguous(),
         y,

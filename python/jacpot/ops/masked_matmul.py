@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from jacpot.ops import masked_matmul_operators as operators
-from jacpot.ops.arrays import as_tensor, expect_kind, kind_of, like
+from jacpot.ops.arrays import as_kind, as_tensor, kind_of
 from jacpot.ops.masked_matmul_operators import multiply
 from jacpot.ops.pattern import Pattern
 
 __all__ = [
+    "check_dtypes",
     "compress",
     "dense_is_faster",
     "expand",
@@ -95,27 +96,19 @@ def masked_matmul(
         raise TypeError(
             f"argument 'pattern' must be a jacpot.Pattern, got {type(pattern).__name__}"
         )
-    expect_kind("x", x, kind_of(x))
-    expect_kind("values", values, kind_of(x))
-    if bias is not None:
-        expect_kind("bias", bias, kind_of(x))
-    if not isinstance(x, Tensor):
-        arrays = [None if a is None else as_tensor(a) for a in (x, values, bias)]
-        y = masked_matmul(
-            arrays[0], arrays[1], pattern, arrays[2], relu=relu, layout=layout, method=method
-        )
-        return like(y, x)
-    return product(
-        x,
-        values,
+    kind = kind_of(x)
+    y = product(
+        as_tensor("x", x),
+        as_tensor("values", values, kind),
         pattern.block,
         pattern.shape,
         pattern.nnz,
-        bias,
+        None if bias is None else as_tensor("bias", bias, kind),
         relu=relu,
         layout=layout,
         method=method,
     )
+    return as_kind(y, kind)
 
 
 def product(
@@ -145,10 +138,7 @@ def product(
         raise ValueError(
             f"argument 'bias' must have shape ({out_features},), got {tuple(bias.shape)}"
         )
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            expected, got = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
-            raise TypeError(f"argument {name!r} must be {expected} like 'x', got {got}")
+    check_dtypes(x, values, bias)
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Sums are taken in float32.
         wide = (
@@ -167,6 +157,17 @@ def product(
     else:
         y = multiply(rows, values, bias, block, out_features, relu, feature_major)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    """Refuse values or a bias of another dtype than x, and x if it is not of real numbers."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if not x.is_floating_point():
+        raise TypeError(f"argument 'x' must be bfloat16, float32 or float64, got {dtype}")
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"argument {name!r} must be {dtype} like 'x', got {got}")
 
 
 def _takes_dense(method: str, x: Tensor, nnz: int, shape: tuple[int, int]) -> bool:

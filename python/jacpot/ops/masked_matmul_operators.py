@@ -52,7 +52,7 @@ def _forward_cpu(
     _backend.core.masked_matmul(
         pattern,
         values.detach().contiguous(),
-        None if bias is None else bias.detach(),
+        None if bias is None else bias.detach().contiguous(),
         relu,
         x.detach(),
         y,

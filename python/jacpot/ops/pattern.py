@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -65,7 +66,8 @@ class Pattern:
             tensor = torch.as_tensor(mask)
             device, host = tensor.device, tensor.cpu()
         else:
-            device, host = torch.device("cpu"), mask
+            numpys = isinstance(mask, numpy.ndarray)
+            device, host = torch.device("cpu"), as_tensor("mask", mask) if numpys else mask
         block = _backend.core.compile_pattern(host, _allocate, _backend.threads())
         self._open(block, device)
 
@@ -174,7 +176,7 @@ class Pattern:
         """
         from jacpot.ops.masked_matmul import compress
 
-        return like(compress(as_tensor(weight), self), weight)
+        return like(compress(as_tensor("weight", weight), self), weight)
 
     def expand(self, values: Any) -> Any:
         """Put values in place, with zeros where nothing is kept; differentiable.
@@ -191,7 +193,7 @@ class Pattern:
         """
         from jacpot.ops.masked_matmul import expand
 
-        return like(expand(as_tensor(values), self), values)
+        return like(expand(as_tensor("values", values), self), values)
 
 
 def _allocate(size: int) -> Tensor:

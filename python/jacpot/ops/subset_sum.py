@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from jacpot import _backend
+from jacpot.ops.arrays import as_kind, as_tensor, kind_of
 
 __all__ = ["SubsetSum", "subset_sum"]
 
@@ -72,8 +72,9 @@ def subset_sum(samples: Any, targets: Any) -> SubsetSum:
     >>> found.mask.tolist(), round(found.sums.item(), 6)
     ([[True, True, False]], 0.3)
     """
-    is_numpy = isinstance(samples, np.ndarray)
-    x, y = _tensor("samples", samples), _tensor("targets", targets)
+    kind = kind_of(samples)
+    x = as_tensor("samples", samples).detach()
+    y = as_tensor("targets", targets, kind).detach()
     if x.dim() != 2:
         raise ValueError(f"argument 'samples' must have shape (M, n), got {tuple(x.shape)}")
     for name, array in (("samples", x), ("targets", y)):
@@ -83,15 +84,4 @@ def subset_sum(samples: Any, targets: Any) -> SubsetSum:
     sums = torch.empty(len(x), dtype=torch.float64)
     _backend.core.subset_sum(x, y, subsets, sums, _backend.threads())
     mask = ((subsets[:, None] >> torch.arange(x.shape[1])) & 1).bool()
-    return SubsetSum(mask.numpy(), sums.numpy()) if is_numpy else SubsetSum(mask, sums)
-
-
-def _tensor(name: str, array: Any) -> torch.Tensor:
-    if isinstance(array, np.ndarray):
-        array = torch.from_numpy(array)
-    if not isinstance(array, torch.Tensor):
-        raise TypeError(
-            f"argument {name!r} must be a NumPy array or a PyTorch tensor, "
-            f"got {type(array).__name__}"
-        )
-    return array.detach()
+    return SubsetSum(as_kind(mask, kind), as_kind(sums, kind))
