@@ -16,13 +16,14 @@ DType parse_dtype(const std::string& name) {
   throw py::type_error("argument 'dtype' must be a floating point type, got " + name);
 }
 
-py::tuple plan(const std::string& dtype, std::int64_t columns, std::int64_t batch, bool sampled,
-               int device) {
-  std::int64_t tile = 0, splits = 0;
-  raise_if_failed(
-      cuda_plan(parse_dtype(dtype), columns, batch, sampled, {device, 0}, &tile, &splits),
-      "masked_matmul");
-  return py::make_tuple(tile, splits);
+std::int64_t tile(std::int64_t columns, int device) {
+  std::int64_t out = 0;
+  raise_if_failed(cuda_tile(columns, {device, 0}, &out), "masked_matmul");
+  return out;
+}
+
+std::int64_t splits(const std::string& dtype, std::int64_t batch) {
+  return cuda_splits(parse_dtype(dtype), batch);
 }
 
 void tile_offsets(py::handle row_offsets, py::handle column_indices, std::int64_t columns,
@@ -34,7 +35,7 @@ void tile_offsets(py::handle row_offsets, py::handle column_indices, std::int64_
   if (tile < 1)
     throw py::value_error("argument 'tile' must be at least 1, got " + std::to_string(tile));
   if (rows.size() < 1) throw py::value_error("argument 'row_offsets' must not be empty");
-  const Array out = on_queue(offsets, "offsets", queue, {DType::int64},
+  const Array out = on_queue(offsets, "offsets", queue, {DType::int32},
                              {rows.size() - 1, cuda_tiles(columns, tile) + 1});
   Status status;
   {
@@ -42,60 +43,64 @@ void tile_offsets(py::handle row_offsets, py::handle column_indices, std::int64_
     status = cuda_tile_offsets(rows.size() - 1, columns, tile,
                                static_cast<const std::int32_t*>(rows.data()),
                                static_cast<const std::int32_t*>(indices.data()),
-                               static_cast<std::int64_t*>(out.data()), queue);
+                               static_cast<std::int32_t*>(out.data()), queue);
   }
   raise_if_failed(status, "masked_matmul");
 }
 
-void walk(py::handle column_indices, py::handle row_order, py::handle offsets, std::int64_t tile,
-          std::int64_t splits, py::handle gathered, py::object values, py::object bias, bool relu,
-          py::object product, py::object held, py::object sampled, int device,
+void walk(py::handle places, py::handle run_order, py::handle offsets, std::int64_t tile,
+          py::handle gathered, const py::object& values, const py::object& bias, bool relu,
+          const py::object& product, const py::object& held, const py::object& sampled, int device,
           std::uintptr_t stream) {
   const cuda::Queue queue{device, stream};
   CudaWalk w;
   // Any strides: (columns, batch) as the walk sees it.
   const Array from(gathered, "gathered");
   from.expect_dtype(floats).expect_device(device_of(queue)).expect_shape({Array::any, Array::any});
-  const DType dtype = from.dtype();
-  const DType wide = dtype == DType::float64 ? DType::float64 : DType::float32;
-  const Array indices =
-      on_queue(column_indices, "column_indices", queue, {DType::int32}, {Array::any});
-  const Array order = on_queue(row_order, "row_order", queue, {DType::int32}, {Array::any});
-  w.dtype = dtype;
-  w.rows = order.size();
+  w.dtype = from.dtype();
   w.columns = from.shape(0);
   w.batch = from.shape(1);
-  w.kept = indices.size();
-  w.tile = tile;
-  w.splits = splits;
-  if (tile < 1 || splits < 1) throw py::value_error("'tile' and 'splits' must be at least 1");
-  const Array tiles = on_queue(offsets, "tile_offsets", queue, {DType::int64},
-                               {w.rows, cuda_tiles(w.columns, tile) + 1});
-  w.column_indices = static_cast<const std::int32_t*>(indices.data());
-  w.row_order = static_cast<const std::int32_t*>(order.data());
-  w.tile_offsets = static_cast<const std::int64_t*>(tiles.data());
   w.gathered = from.data();
   w.gathered_column_stride = from.stride(0);
   w.gathered_batch_stride = from.stride(1);
+  if (tile < 1)
+    throw py::value_error("argument 'tile' must be at least 1, got " + std::to_string(tile));
+  w.tile = tile;
+  if (product.is_none() != values.is_none() || sampled.is_none() != held.is_none())
+    throw py::value_error("'product' goes with 'values', and 'sampled' with 'held'");
+  const Array entries = on_queue(places, "places", queue, {DType::int16}, {Array::any});
+  w.kept = entries.size();
+  const Array tiles = on_queue(offsets, "tile_offsets", queue, {DType::int32},
+                               {Array::any, cuda_tiles(w.columns, tile) + 1});
+  w.rows = tiles.shape(0);
+  const Array order =
+      on_queue(run_order, "run_order", queue, {DType::int32}, {cuda::divide_up(w.rows, run_rows)});
+  w.places = static_cast<const std::int16_t*>(entries.data());
+  w.run_order = static_cast<const std::int32_t*>(order.data());
+  w.tile_offsets = static_cast<const std::int32_t*>(tiles.data());
   w.relu = relu;
-  std::vector<Array> kept_alive;
+  std::vector<Array> alive;
   const auto optional = [&](const py::object& object, const char* name, DType expected,
                             std::initializer_list<std::int64_t> shape) -> void* {
     if (object.is_none()) return nullptr;
-    kept_alive.push_back(on_queue(object, name, queue, {expected}, shape));
-    return kept_alive.back().data();
+    alive.push_back(on_queue(object, name, queue, {expected}, shape));
+    return alive.back().data();
   };
-  w.values = optional(values, "values", dtype, {w.kept});
-  w.bias = optional(bias, "bias", dtype, {w.rows});
-  w.product = optional(product, "product", wide, {w.rows, w.batch});
-  w.held = optional(held, "held", dtype, {w.rows, w.batch});
-  w.sampled = optional(sampled, "sampled", wide, {splits, w.kept});
-  w.wants_product = !product.is_none();
-  w.wants_sampled = !sampled.is_none();
-  if (w.wants_product && values.is_none())
-    throw py::value_error("'product' needs 'values' to multiply with");
-  if (w.wants_sampled && held.is_none())
-    throw py::value_error("'sampled' needs 'held' to multiply with");
+  w.values = optional(values, "values", w.dtype, {w.kept});
+  w.bias = optional(bias, "bias", w.dtype, {w.rows});
+  w.held = optional(held, "held", w.dtype, {w.rows, w.batch});
+  w.splits = cuda_splits(w.dtype, w.batch);
+  w.sampled =
+      optional(sampled, "sampled", w.dtype == DType::float64 ? DType::float64 : DType::float32,
+               {w.splits, w.kept});
+  if (!product.is_none()) {
+    const Array out(product, "product", Access::write);
+    out.expect_dtype({w.dtype}).expect_device(device_of(queue)).expect_shape({w.rows, w.batch});
+    w.product = out.data();
+    w.product_row_stride = out.stride(0);
+    w.product_batch_stride = out.stride(1);
+    alive.push_back(out);
+  }
   Status status;
   {
     const py::gil_scoped_release release;
@@ -158,16 +163,18 @@ void multiply_vectors(py::handle block_columns, py::handle begins, std::int64_t 
 }  // namespace
 
 void bind_masked_matmul_cuda(py::module_& m) {
-  m.def("masked_matmul_plan", &plan, py::arg("dtype"), py::arg("columns"), py::arg("batch"),
-        py::arg("sampled"), py::arg("device"), "How a walk is best cut: (tile, splits).");
+  m.def("masked_matmul_tile", &tile, py::arg("columns"), py::arg("device"),
+        "Columns that a walk is best cut into tiles of.");
+  m.def("masked_matmul_splits", &splits, py::arg("dtype"), py::arg("batch"),
+        "Parts of the batch that a sampled product is summed in.");
   m.def("masked_matmul_tile_offsets", &tile_offsets, py::arg("row_offsets"),
         py::arg("column_indices"), py::arg("columns"), py::arg("tile"), py::arg("offsets"),
         py::arg("device"), py::arg("stream"),
         "Where each row's entries of each tile begin, (rows, tiles + 1).");
-  m.def("masked_matmul_walk", &walk, py::arg("column_indices"), py::arg("row_order"),
-        py::arg("tile_offsets"), py::arg("tile"), py::arg("splits"), py::arg("gathered"),
-        py::arg("values"), py::arg("bias"), py::arg("relu"), py::arg("product"), py::arg("held"),
-        py::arg("sampled"), py::arg("device"), py::arg("stream"),
+  m.def("masked_matmul_walk", &walk, py::arg("places"), py::arg("run_order"),
+        py::arg("tile_offsets"), py::arg("tile"), py::arg("gathered"), py::arg("values"),
+        py::arg("bias"), py::arg("relu"), py::arg("product"), py::arg("held"), py::arg("sampled"),
+        py::arg("device"), py::arg("stream"),
         "Product and sampled product of one walk over a compressed matrix.");
   m.def("masked_matmul_vector_tile", &vector_tile, py::arg("columns"), py::arg("device"),
         "Columns that vectors are best cut into tiles of.");

@@ -76,6 +76,18 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(bfloat16 x) { return to_float(x); }
 __device__ __forceinline__ float widen(float16 x) { return to_float(x); }
 
+// Rounds a sum to the type it is stored in.
+template <class T>
+__device__ __forceinline__ T narrow(accumulator<T> x) {
+  if constexpr (sizeof(T) >= 4) {
+    return x;
+  } else {
+    T out;
+    from_float(x, &out);
+    return out;
+  }
+}
+
 // Sixteen bytes that travel in one access.
 template <class T>
 struct alignas(16) Pack {

@@ -1,7 +1,13 @@
-// The bound is shared memory: with unstructured zeros every multiply-add needs one gathered value.
-// So a block stages a tile of `gathered` in shared memory, 128 bytes of batch per column, and
-// eight lanes read a column's 128 bytes as 16 bytes each, without bank conflicts whatever the
-// column. Four rows share a warp. Rows come sorted by length, so that the four end together.
+// The bound is shared memory: with unstructured zeros every multiply-add needs a gathered value of
+// its own, and a multiprocessor reads 32 of them a clock. What else goes through the same pipe has
+// to be little beside that:
+//
+//   sums      stay in registers while all columns pass by in tiles, 64 registers of each thread
+//   staging   of a tile runs while the one before is multiplied, and serves 512 rows
+//   entries   (a value and a 16-bit place) serve 256 bytes of the batch, 32 for each of eight lanes
+//
+// Four rows share a warp. A row that has ended asks for nothing while the others go on. On sm_90 a
+// step of four entries is 99 instructions: 40 are loads and multiply-adds of the batch.
 
 #include "masked_matmul/masked_matmul_cuda.hpp"
 
@@ -12,106 +18,125 @@ namespace {
 
 using namespace cuda;
 
-constexpr int lanes = 8;  // of one row: 8 x 16 bytes
-constexpr int max_threads = 512;
-constexpr int quad = 4;  // kept entries that a row takes at a time, in 16-byte accesses
-constexpr std::int64_t column_bytes = lanes * 16;
+constexpr int threads = 512;
+constexpr int lanes = 8;  // of one row
+constexpr int groups = threads / lanes;
+constexpr int chunks = static_cast<int>(walk_column_bytes) / 16;
+constexpr int written_pitch =
+    groups + 1;  // of a group's row of the product: other banks for each n
+
+template <class T>
+constexpr int panel = walk_column_bytes / sizeof(T);  // of the batch
+template <class T>
+constexpr int width = panel<T> / lanes;  // of that, of one lane: of two chunks
+
+// Rows of a group at most, by what their sums take of a thread's registers. Both products at once
+// need more registers for one row, and their partial results allow for fewer blocks side by side.
+template <class T>
+constexpr int most_rows(bool both) {
+  return (both ? 32 : 64) * 4 / (width<T> * static_cast<int>(sizeof(accumulator<T>)));
+}
 
 template <class T>
 struct Arguments {
-  std::int64_t rows, columns, kept, batch, tile;
-  const std::int32_t* column_indices;
-  const std::int32_t* row_order;
-  const std::int64_t* tile_offsets;
+  std::int64_t columns, kept, batch;
+  int rows, runs, tile, tiles;
+  int depth;  // rows of a group
+  const std::int16_t* places;
+  const std::int32_t* run_order;
+  const std::int32_t* tile_offsets;
   const T* gathered;
   std::int64_t column_stride, batch_stride;
+  bool aligned;  // every column's batch is contiguous and begins at a multiple of 16 bytes
   const T* values;
   const T* bias;
   bool relu;
-  accumulator<T>* product;
+  T* product;
+  std::int64_t product_row_stride, product_batch_stride;
   const T* held;
   accumulator<T>* sampled;
 };
 
-// Lanes that write neighbouring columns would meet in one bank without the exchange of chunks.
+// A block's i-th row of a group; -1 where there is none. Sorted by length, runs of rows are dealt
+// to the blocks like cards, so that all get alike amounts.
+template <class T>
+__device__ __forceinline__ int row_of(const Arguments<T>& w, int i, int group) {
+  const std::int64_t dealt = std::int64_t{i} * (groups / run_rows) + group / run_rows;
+  const std::int64_t at = blockIdx.y + dealt * gridDim.y;
+  if (at >= w.runs) return -1;
+  const int row = w.run_order[at] * run_rows + group % run_rows;
+  return row < w.rows ? row : -1;
+}
+
+// Chunks are exchanged by the column's last bits: lanes that stage neighbouring columns would meet
+// in one bank otherwise. Lanes that read a column never do.
 __device__ __forceinline__ int place(int column, int chunk) {
-  return column * lanes + (chunk ^ (column & (lanes - 1)));
+  return column * chunks + (chunk ^ (column & (lanes - 1)));
+}
+
+// Starts the copies of a tile of columns and the batch from `n0`, zeros past its end.
+template <class T>
+__device__ __forceinline__ void stage(const Arguments<T>& w, Pack<T>* staged, int t,
+                                      std::int64_t n0) {
+  constexpr int size = Pack<T>::size;
+  const std::int64_t base = std::int64_t{t} * w.tile;
+  const int columns = static_cast<int>(smaller<std::int64_t>(w.tile, w.columns - base));
+  const T* from = w.gathered + base * w.column_stride;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (w.aligned) {
+    for (int q = thread; q < columns * chunks; q += threads) {
+      const int column = q / chunks, chunk = q % chunks;
+      const std::int64_t n = n0 + chunk * size;
+      const std::int64_t left = smaller<std::int64_t>(w.batch - n, size);
+      copy_async(staged + place(column, chunk),
+                 left > 0 ? from + column * w.column_stride + n : w.gathered,
+                 left > 0 ? static_cast<int>(left * sizeof(T)) : 0);
+    }
+  } else if constexpr (sizeof(T) >= 4) {  // 16 bits at a time cannot be copied
+    // Eight neighbouring columns are 32 bytes of a row-major batch. A thread keeps its n.
+    const int n = thread / lanes % panel<T>, chunk = n / size;
+    const bool there = n0 + n < w.batch;
+    int column = thread % lanes + thread / lanes / panel<T> * lanes;
+    constexpr int step = threads / panel<T>;  // a multiple of the lanes: chunks stay where they are
+    T* to = staged[place(column, chunk)].value + n % size;
+    from = there ? from + column * w.column_stride + (n0 + n) * w.batch_stride : w.gathered;
+    const std::int64_t stride = there ? step * w.column_stride : 0;
+    for (; column < columns; column += step) {
+      copy_async<sizeof(T)>(to, from, there ? static_cast<int>(sizeof(T)) : 0);
+      to += step * chunks * size;
+      from += stride;
+    }
+  }
+}
+
+// Where a lane's k-th element lies in the batch: in its chunk of either half.
+template <class T>
+__device__ __forceinline__ int in_panel(int lane, int k) {
+  constexpr int size = Pack<T>::size;
+  return k / size * (panel<T> / 2) + lane * size + k % size;
 }
 
 template <class T>
-__device__ __forceinline__ Pack<T> zero_pack() {
-  Pack<T> pack;
-  for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = T{};
-  return pack;
-}
-
-// Brings columns [base, base + columns) of the batch from `n0` into shared memory, zeros past its
-// end. Consecutive threads follow whichever direction is contiguous.
-template <class T>
-__device__ void stage(const Arguments<T>& w, Pack<T>* staged, std::int64_t base, int columns,
-                      std::int64_t n0) {
-  constexpr int width = Pack<T>::size;
-  const bool batch_contiguous = w.batch_stride == 1;
-  const bool aligned = batch_contiguous && reinterpret_cast<std::uintptr_t>(w.gathered) % 16 == 0 &&
-                       w.column_stride % width == 0;
-  const int count = columns * lanes;
-  for (int q = static_cast<int>(threadIdx.x); q < count; q += static_cast<int>(blockDim.x)) {
-    const int column = batch_contiguous ? q / lanes : q % columns;
-    const int chunk = batch_contiguous ? q % lanes : q / columns;
-    const std::int64_t n = n0 + chunk * width;
-    const std::int64_t left = w.batch - n;
-    Pack<T>* to = staged + place(column, chunk);
-    const T* from = w.gathered + (base + column) * w.column_stride + n * w.batch_stride;
-    if (aligned && left > 0) {
-      copy_async(to, from, static_cast<int>(smaller<std::int64_t>(left, width) * sizeof(T)));
-    } else {
-      Pack<T> pack = zero_pack<T>();
+__device__ __forceinline__ void load_held(const Arguments<T>& w, int row, std::int64_t n0, int lane,
+                                          accumulator<T> (&out)[width<T>]) {
+  constexpr int size = Pack<T>::size;
+  const bool aligned = w.batch % size == 0 && reinterpret_cast<std::uintptr_t>(w.held) % 16 == 0;
+  const T* from = w.held + row * w.batch;
 #pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (k < left) pack.value[k] = from[k * w.batch_stride];
-      *to = pack;
-    }
-  }
-  copies_commit();
-  copies_wait<0>();
-}
-
-// A row's piece of the batch, 16 bytes at a time where the row length allows, zeros past its end.
-template <class From, class To, int Width>
-__device__ __forceinline__ void load_batch(const From* row, std::int64_t n, std::int64_t batch,
-                                           bool aligned, To (&out)[Width]) {
-  constexpr int step = Pack<From>::size;
+  for (int k = 0; k < width<T>; k += size) {
+    const std::int64_t n = n0 + in_panel<T>(lane, k);
+    if (aligned && n + size <= w.batch) {
+      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from + n);
 #pragma unroll
-  for (int k = 0; k < Width; k += step) {
-    if (aligned && n + k + step <= batch) {
-      const Pack<From> pack = *reinterpret_cast<const Pack<From>*>(row + n + k);
-#pragma unroll
-      for (int j = 0; j < step; ++j) out[k + j] = widen(pack.value[j]);
+      for (int j = 0; j < size; ++j) out[k + j] = widen(pack.value[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < step; ++j) out[k + j] = n + k + j < batch ? widen(row[n + k + j]) : To{};
+      for (int j = 0; j < size; ++j) out[k + j] = n + j < w.batch ? widen(from[n + j]) : 0;
     }
   }
 }
 
-template <class A, int Width>
-__device__ __forceinline__ void store_batch(A* row, std::int64_t n, std::int64_t batch,
-                                            bool aligned, const A (&values)[Width]) {
-  constexpr int step = Pack<A>::size;
-#pragma unroll
-  for (int k = 0; k < Width; k += step) {
-    if (aligned && n + k + step <= batch) {
-      Pack<A> pack;
-#pragma unroll
-      for (int j = 0; j < step; ++j) pack.value[j] = values[k + j];
-      *reinterpret_cast<Pack<A>*>(row + n + k) = pack;
-    } else {
-#pragma unroll
-      for (int j = 0; j < step; ++j)
-        if (n + k + j < batch) row[n + k + j] = values[k + j];
-    }
-  }
-}
+constexpr int quad = 4;  // entries that a row takes at a time
 
 // Sums each of the four values over the eight lanes of a row. Lane l gets the sum of number
 // (l & 1) * 2 + (l >> 1 & 1): halves are exchanged, so that it takes four shuffles, not twelve.
@@ -128,240 +153,245 @@ __device__ __forceinline__ A sum_quad(const A (&part)[quad], int lane) {
   return one + __shfl_xor_sync(full_warp, one, 4);
 }
 
+// The next four entries of a row, or as many as are left.
 template <class T>
 struct Quad {
-  int column[quad];  // within the tile; the row of zeros where there is no entry
-  accumulator<T> value[quad];
+  T value[quad];
+  int place[quad];
 };
 
 template <class T, bool Product>
-__device__ __forceinline__ Quad<T> load_quad(const Arguments<T>& w, std::int64_t e,
-                                             std::int64_t begin, std::int64_t end,
-                                             std::int64_t base) {
-  Quad<T> out;
-  const bool whole = e >= begin - (quad - 1) && e < end && e + quad <= w.kept;
-  Pack<std::int32_t> columns{};
-  T values[quad]{};
-  if (whole) {
-    columns = *reinterpret_cast<const Pack<std::int32_t>*>(w.column_indices + e);
-    if constexpr (Product) {
-      struct alignas(quad * sizeof(T) < 16 ? quad * sizeof(T) : 16) Values {
-        T value[quad];
-      };
-      const Values four = *reinterpret_cast<const Values*>(w.values + e);
-#pragma unroll
-      for (int j = 0; j < quad; ++j) values[j] = four.value[j];
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < quad; ++j) {
-      if (e + j < begin || e + j >= end) continue;
-      columns.value[j] = w.column_indices[e + j];
-      if constexpr (Product) values[j] = w.values[e + j];
-    }
-  }
+__device__ __forceinline__ Quad<T> load_quad(const T* values, const std::int16_t* places,
+                                             int left) {
+  Quad<T> out{};
 #pragma unroll
   for (int j = 0; j < quad; ++j) {
-    // A staged infinity times a value of zero would be NaN: a missing entry meets zeros instead.
-    const bool present = e + j >= begin && e + j < end;
-    out.column[j] = present ? static_cast<int>(columns.value[j] - base) : static_cast<int>(w.tile);
-    out.value[j] = present ? widen(values[j]) : accumulator<T>{};
+    if (j >= left) continue;
+    out.place[j] = places[j];
+    if constexpr (Product) out.value[j] = values[j];
   }
   return out;
 }
 
+// Adds a row's entries of the staged tile to its sums. All lanes of a warp take part.
 template <class T, bool Product, bool Sampled>
-__global__ __launch_bounds__(max_threads, 2) void walk_rows(const Arguments<T> w) {
+__device__ __forceinline__ void walk_entries(const Arguments<T>& w, const Pack<T>* staged, int lane,
+                                             int begin, int end, bool first,
+                                             const accumulator<T> (&held)[width<T>],
+                                             accumulator<T> (&sums)[width<T>]) {
   using A = accumulator<T>;
-  constexpr int width = Pack<T>::size;
-  Pack<T>* staged = shared_memory<Pack<T>>();  // (tile + 1, lanes), the last column zero
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const std::int64_t group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-  const std::int64_t tiles = cuda_tiles(w.columns, w.tile);
-  const std::int64_t panels = divide_up(w.batch, lanes * width);
-  const bool product_aligned = w.batch % Pack<A>::size == 0;
-  const bool held_aligned =
-      w.batch % width == 0 && reinterpret_cast<std::uintptr_t>(w.held) % 16 == 0;
-  if (threadIdx.x < lanes) staged[w.tile * lanes + lane] = zero_pack<T>();
-
-  for (std::int64_t p = blockIdx.x; p < panels; p += gridDim.x) {
-    const std::int64_t n = p * lanes * width + lane * width;
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      const std::int64_t base = t * w.tile;
-      __syncthreads();  // the tile before is no longer read
-      stage(w, staged, base, static_cast<int>(smaller(w.tile, w.columns - base)),
-            p * lanes * width);
-      __syncthreads();
-      for (std::int64_t first = blockIdx.y * groups; first < w.rows; first += gridDim.y * groups) {
-        const bool active = first + group < w.rows;
-        const std::int64_t row = active ? w.row_order[first + group] : 0;
-        const std::int64_t* offsets = w.tile_offsets + row * (tiles + 1) + t;
-        const std::int64_t begin = active ? offsets[0] : 0, end = active ? offsets[1] : 0;
-
-        A sum[width]{}, held[width]{};
-        if constexpr (Product) {
-          if (active && t > 0) {
-            load_batch(w.product + row * w.batch, n, w.batch, product_aligned, sum);
-          } else if (active && w.bias) {
-            const A bias = widen(w.bias[row]);
+  constexpr int size = Pack<T>::size;
+  const T* values = w.values + begin;
+  const std::int16_t* places = w.places + begin;
+  [[maybe_unused]] A* sampled = w.sampled + blockIdx.x * w.kept + begin;
+  int left = end - begin;
+  // As many as its longest row needs: shuffles take all lanes, and a warp has one loop.
+  int longest = larger(left, __shfl_xor_sync(full_warp, left, 8));
+  longest = larger(longest, __shfl_xor_sync(full_warp, longest, 16));
+  Quad<T> next = load_quad<T, Product>(values, places, left);
+#pragma unroll 1
+  for (; longest > 0; longest -= quad, left -= quad) {
+    const Quad<T> now = next;
+    next = load_quad<T, Product>(values += quad, places += quad, left - quad);
+    [[maybe_unused]] A part[quad]{};
 #pragma unroll
-            for (int k = 0; k < width; ++k) sum[k] = bias;
-          }
-        }
-        if constexpr (Sampled)
-          if (active) load_batch(w.held + row * w.batch, n, w.batch, held_aligned, held);
-
-        // Every row of the warp takes as many steps as its longest: shuffles need all lanes.
-        std::int64_t e = begin / quad * quad;
-        int steps = begin < end ? static_cast<int>(divide_up(end - e, quad)) : 0;
-        steps = larger(steps, __shfl_xor_sync(full_warp, steps, 8));
-        steps = larger(steps, __shfl_xor_sync(full_warp, steps, 16));
-        for (int s = 0; s < steps; ++s, e += quad) {
-          const Quad<T> q = load_quad<T, Product>(w, e, begin, end, base);
-          [[maybe_unused]] A part[quad]{};
+    for (int j = 0; j < quad; ++j) {
+      if (j >= left) continue;
+      const A value = widen(now.value[j]);
+      const Pack<T>* from = staged + (now.place[j] ^ lane);
+      const Pack<T> x[2] = {from[0], from[lanes]};
 #pragma unroll
-          for (int j = 0; j < quad; ++j) {
-            const Pack<T> x = staged[place(q.column[j], lane)];
-#pragma unroll
-            for (int k = 0; k < width; ++k) {
-              if constexpr (Product) sum[k] += q.value[j] * widen(x.value[k]);
-              if constexpr (Sampled) part[j] += held[k] * widen(x.value[k]);
-            }
-          }
-          if constexpr (Sampled) {
-            const A total = sum_quad(part, lane);
-            const std::int64_t at = e + (lane & 1) * 2 + (lane >> 1 & 1);
-            if (lane < 4 && at >= begin && at < end) {
-              A* to = w.sampled + blockIdx.x * w.kept + at;
-              *to = p == blockIdx.x ? total : *to + total;
-            }
-          }
-        }
-        if constexpr (Product) {
-          if (w.relu && t + 1 == tiles) {
-#pragma unroll
-            for (int k = 0; k < width; ++k) sum[k] = sum[k] < 0 ? A{} : sum[k];  // keeps NaN
-          }
-          if (active) store_batch(w.product + row * w.batch, n, w.batch, product_aligned, sum);
-        }
+      for (int k = 0; k < width<T>; ++k) {
+        const A element = widen(x[k / size].value[k % size]);
+        if constexpr (Product) sums[k] += value * element;
+        if constexpr (Sampled) part[j] += held[k] * element;
       }
+    }
+    if constexpr (Sampled) {
+      const A total = sum_quad(part, lane);
+      const int j = (lane & 1) * 2 + (lane >> 1 & 1);
+      if (lane < quad && j < left) sampled[j] = first ? total : sampled[j] + total;
+      sampled += quad;
     }
   }
 }
 
-__global__ void find_tiles(std::int64_t rows, std::int64_t tiles, std::int64_t tile,
-                           const std::int32_t* row_offsets, const std::int32_t* column_indices,
-                           std::int64_t* offsets) {
-  const std::int64_t at = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (at >= rows * (tiles + 1)) return;
-  const std::int64_t row = at / (tiles + 1), from = at % (tiles + 1) * tile;
-  std::int64_t low = row_offsets[row], high = row_offsets[row + 1];
-  while (low < high) {
-    const std::int64_t middle = low + (high - low) / 2;
-    if (column_indices[middle] < from)
-      low = middle + 1;
-    else
-      high = middle;
+// Writes the sums row by row of each group, through shared memory: in whichever direction the
+// product is contiguous, neighbouring threads write neighbours.
+template <class T, int Rows>
+__device__ __forceinline__ void write(const Arguments<T>& w, accumulator<T>* shared,
+                                      std::int64_t n0,
+                                      const accumulator<T> (&sums)[Rows][width<T>]) {
+  using A = accumulator<T>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, group = thread / lanes;
+  const bool along_batch = w.product_batch_stride == 1;
+#pragma unroll
+  for (int i = 0; i < Rows; ++i) {
+    if (i >= w.depth) break;
+    __syncthreads();  // what was here has been read
+#pragma unroll
+    for (int k = 0; k < width<T>; ++k)
+      shared[in_panel<T>(lane, k) * written_pitch + group] = sums[i][k];
+    __syncthreads();
+    for (int q = thread; q < groups * panel<T>; q += threads) {
+      const int other = along_batch ? q / panel<T> : q % groups;
+      const int n = along_batch ? q % panel<T> : q / groups;
+      const int row = row_of(w, i, other);
+      if (row < 0 || n0 + n >= w.batch) continue;
+      A sum = shared[n * written_pitch + other];
+      if (w.bias) sum += widen(w.bias[row]);
+      if (w.relu && sum < 0) sum = 0;  // keeps NaN
+      w.product[row * w.product_row_stride + (n0 + n) * w.product_batch_stride] = narrow<T>(sum);
+    }
   }
-  offsets[at] = low;
 }
 
 template <class T, bool Product, bool Sampled>
-Status run(const CudaWalk& walk, cuda::Queue queue, int threads, dim3 grid) {
-  const Arguments<T> arguments{walk.rows,
-                               walk.columns,
+__global__ __launch_bounds__(threads, 1) void walk_rows(const Arguments<T> w) {
+  using A = accumulator<T>;
+  constexpr int rows = most_rows<T>(Product && Sampled);
+  static_assert(rows <= lanes);
+  Pack<T>* staged = shared_memory<Pack<T>>();  // two of (tile, chunks)
+  const int buffer = w.tile * chunks;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes;
+  // Lane i keeps the i-th row of its group, and where its entries of a tile begin.
+  const int own = lane < w.depth ? row_of(w, lane, thread / lanes) : -1;
+  const std::int32_t* offsets = w.tile_offsets + std::int64_t{own < 0 ? 0 : own} * (w.tiles + 1);
+
+  for (std::int64_t n0 = std::int64_t{blockIdx.x} * panel<T>; n0 < w.batch;
+       n0 += std::int64_t{gridDim.x} * panel<T>) {
+    const bool first = n0 == std::int64_t{blockIdx.x} * panel<T>;
+    A sums[rows][width<T>]{};
+    if (!first) __syncthreads();  // nobody reads shared memory any more
+    stage(w, staged, 0, n0);
+    copies_commit();
+    int next = own < 0 ? 0 : offsets[0];
+    for (int t = 0; t < w.tiles; ++t) {
+      copies_wait<0>();
+      __syncthreads();  // this tile is there, and nobody reads the one before any more
+      const int begin = next;
+      if (own >= 0) next = offsets[t + 1];
+      const Pack<T>* tile = t % 2 == 0 ? staged : staged + buffer;
+      if (t + 1 < w.tiles) stage(w, staged + (t + 1) % 2 * buffer, t + 1, n0);
+      copies_commit();
+#pragma unroll
+      for (int i = 0; i < rows; ++i) {
+        if (i >= w.depth) break;
+        const int from = thread % warp / lanes * lanes + i;  // the lane that keeps this row
+        A held[width<T>]{};
+        if constexpr (Sampled)
+          if (const int row = __shfl_sync(full_warp, own, from); row >= 0)
+            load_held(w, row, n0, lane, held);
+        walk_entries<T, Product, Sampled>(w, tile, lane, __shfl_sync(full_warp, begin, from),
+                                          __shfl_sync(full_warp, next, from), first, held, sums[i]);
+      }
+    }
+    if constexpr (Product) write(w, shared_memory<A>(), n0, sums);
+  }
+}
+
+// How many rows a group takes. Many share what is staged, few leave no multiprocessor idle: a block
+// copies each column once and reads it for as many rows as keep it.
+int best_depth(std::int64_t across, std::int64_t runs, double density, int most,
+               int multiprocessors) {
+  int best = 1;
+  double least = 0;
+  for (int depth = 1; depth <= most; ++depth) {
+    const std::int64_t blocks = across * divide_up(runs, depth * (groups / run_rows));
+    const double time =
+        static_cast<double>(divide_up(blocks, multiprocessors)) * (1 + groups * depth * density);
+    if (depth == 1 || time < least) {
+      best = depth;
+      least = time;
+    }
+  }
+  return best;
+}
+
+template <class T, bool Product, bool Sampled>
+Status run(const CudaWalk& walk, cuda::Queue queue) {
+  constexpr std::int64_t narrowest = INT32_MAX;
+  const std::int64_t tiles = cuda_tiles(walk.columns, walk.tile);
+  const std::int64_t across = Sampled ? walk.splits : divide_up(walk.batch, panel<T>);
+  const std::int64_t runs = divide_up(walk.rows, run_rows);
+  if (walk.kept > narrowest || walk.rows > narrowest || across > narrowest)
+    return {Code::overflow, "the product is too large for one launch"};
+  const bool aligned = walk.gathered_batch_stride == 1 &&
+                       reinterpret_cast<std::uintptr_t>(walk.gathered) % 16 == 0 &&
+                       walk.gathered_column_stride % Pack<T>::size == 0;
+  if (sizeof(T) < 4 && !aligned)
+    return {Code::invalid_argument,
+            "16-bit activations must have their batch innermost, each column's at a multiple of 16 "
+            "bytes"};
+  Limits limits;
+  if (const Status status = cuda::limits(queue.device, &limits); !status.ok()) return status;
+  const DeviceGuard guard(queue.device);
+  if (!guard.status().ok()) return guard.status();
+  const double all = static_cast<double>(walk.rows) * static_cast<double>(walk.columns);
+  const int depth = best_depth(across, runs, all > 0 ? static_cast<double>(walk.kept) / all : 0,
+                               most_rows<T>(Product && Sampled), limits.multiprocessors);
+  const Arguments<T> arguments{walk.columns,
                                walk.kept,
                                walk.batch,
-                               walk.tile,
-                               walk.column_indices,
-                               walk.row_order,
+                               static_cast<int>(walk.rows),
+                               static_cast<int>(runs),
+                               static_cast<int>(walk.tile),
+                               static_cast<int>(tiles),
+                               depth,
+                               walk.places,
+                               walk.run_order,
                                walk.tile_offsets,
                                static_cast<const T*>(walk.gathered),
                                walk.gathered_column_stride,
                                walk.gathered_batch_stride,
+                               aligned,
                                static_cast<const T*>(walk.values),
                                static_cast<const T*>(walk.bias),
                                walk.relu,
-                               static_cast<accumulator<T>*>(walk.product),
+                               static_cast<T*>(walk.product),
+                               walk.product_row_stride,
+                               walk.product_batch_stride,
                                static_cast<const T*>(walk.held),
                                static_cast<accumulator<T>*>(walk.sampled)};
-  return launch(&walk_rows<T, Product, Sampled>, grid, dim3(static_cast<unsigned>(threads)),
-                (walk.tile + 1) * column_bytes, queue, arguments);
-}
-
-int threads_for(std::int64_t rows) {
-  return static_cast<int>(smaller<std::int64_t>(max_threads, divide_up(rows * lanes, warp) * warp));
+  const std::int64_t blocks = divide_up(runs, depth * (groups / run_rows));
+  if (blocks > 65535) return {Code::overflow, "the product is too large for one launch"};
+  constexpr std::int64_t written = panel<T> * written_pitch * sizeof(accumulator<T>);
+  const std::int64_t shared = smaller<std::int64_t>(tiles, 2) * walk.tile * walk_column_bytes;
+  return launch(&walk_rows<T, Product, Sampled>,
+                dim3(static_cast<unsigned>(across), static_cast<unsigned>(blocks)), dim3(threads),
+                larger(shared, Product ? written : 0), queue, arguments);
 }
 
 template <class T>
-Status run_type(const CudaWalk& walk, cuda::Queue queue, int threads, dim3 grid) {
-  if (walk.wants_product && walk.wants_sampled)
-    return run<T, true, true>(walk, queue, threads, grid);
-  if (walk.wants_product) return run<T, true, false>(walk, queue, threads, grid);
-  return run<T, false, true>(walk, queue, threads, grid);
+Status run_type(const CudaWalk& walk, cuda::Queue queue) {
+  if (walk.product && walk.sampled) return run<T, true, true>(walk, queue);
+  return walk.product ? run<T, true, false>(walk, queue) : run<T, false, true>(walk, queue);
 }
 
 }  // namespace
 
-Status cuda_plan(DType dtype, std::int64_t columns, std::int64_t batch, bool sampled,
-                 cuda::Queue queue, std::int64_t* tile, std::int64_t* splits) {
-  Limits limits;
-  if (const Status status = cuda::limits(queue.device, &limits); !status.ok()) return status;
-  // Two blocks share a multiprocessor: one computes while the other stages.
-  constexpr std::int64_t reserved = 1024;
-  const std::int64_t room = limits.shared_bytes / 2 - reserved;
-  *tile = larger<std::int64_t>(1, smaller(columns, room / column_bytes - 1));
+std::int64_t cuda_splits(DType dtype, std::int64_t batch) {
   const std::int64_t size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-  const std::int64_t panels = divide_up(batch, column_bytes / size);
-  // Each split of a sampled product writes a result of its own, to be summed after.
-  constexpr std::int64_t most_sampled = 8;
-  const std::int64_t most = sampled ? most_sampled : 2 * limits.multiprocessors;
-  *splits = larger<std::int64_t>(1, smaller(panels, most));
-  return {};
-}
-
-Status cuda_tile_offsets(std::int64_t rows, std::int64_t columns, std::int64_t tile,
-                         const std::int32_t* row_offsets, const std::int32_t* column_indices,
-                         std::int64_t* offsets, cuda::Queue queue) {
-  if (tile < 1) return {Code::invalid_argument, "a tile must have at least one column"};
-  const std::int64_t tiles = cuda_tiles(columns, tile), count = rows * (tiles + 1);
-  if (count == 0) return {};
-  const DeviceGuard guard(queue.device);
-  if (!guard.status().ok()) return guard.status();
-  constexpr int threads = 256;
-  if (divide_up(count, threads) > INT32_MAX) return {Code::overflow, "too many rows for a launch"};
-  return launch(&find_tiles, dim3(static_cast<unsigned>(divide_up(count, threads))), dim3(threads),
-                0, queue, rows, tiles, tile, row_offsets, column_indices, offsets);
+  constexpr std::int64_t most = 8;
+  return larger<std::int64_t>(1, smaller(most, divide_up(batch, walk_column_bytes / size)));
 }
 
 Status cuda_walk(const CudaWalk& walk, cuda::Queue queue) {
-  if (!walk.wants_product && !walk.wants_sampled) return {};
-  const auto misaligned = [](const void* p) {
-    return reinterpret_cast<std::uintptr_t>(p) % 16 != 0;
-  };
-  if (misaligned(walk.values) || misaligned(walk.column_indices) || misaligned(walk.product))
-    return {Code::invalid_argument, "values, column indices and product must be 16-byte aligned"};
-  if (walk.tile < 1 || walk.splits < 1)
-    return {Code::invalid_argument, "tile and splits must be at least 1"};
+  if (!walk.product && !walk.sampled) return {};
+  if (walk.tile < 1 || walk.tile > most_tile_columns)
+    return {Code::invalid_argument, "a tile must have 1 to 2047 columns"};
+  if (walk.sampled && walk.splits != cuda_splits(walk.dtype, walk.batch))
+    return {Code::invalid_argument, "the splits must be those of cuda_splits"};
   if (walk.rows == 0 || walk.batch == 0) return {};
-  Limits limits;
-  if (const Status status = cuda::limits(queue.device, &limits); !status.ok()) return status;
-  const DeviceGuard guard(queue.device);
-  if (!guard.status().ok()) return guard.status();
-  const int threads = threads_for(walk.rows);
-  const std::int64_t most_parts = divide_up(walk.rows, threads / lanes);
-  const std::int64_t parts =
-      larger<std::int64_t>(1, smaller(most_parts, 2 * limits.multiprocessors / walk.splits));
-  const dim3 grid(static_cast<unsigned>(walk.splits), static_cast<unsigned>(parts));
   switch (walk.dtype) {
     case DType::float32:
-      return run_type<float>(walk, queue, threads, grid);
+      return run_type<float>(walk, queue);
     case DType::float64:
-      return run_type<double>(walk, queue, threads, grid);
+      return run_type<double>(walk, queue);
     case DType::bfloat16:
-      return run_type<bfloat16>(walk, queue, threads, grid);
+      return run_type<bfloat16>(walk, queue);
     case DType::float16:
-      return run_type<float16>(walk, queue, threads, grid);
+      return run_type<float16>(walk, queue);
     default:
       return {Code::unsupported, "the dtype is no floating point type"};
   }

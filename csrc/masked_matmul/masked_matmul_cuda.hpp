@@ -17,27 +17,35 @@
 
 namespace jacpot::masked_matmul {
 
-struct CudaWalk {
-  DType dtype = DType::float32;  // of values, gathered, held and bias: any float
-  std::int64_t rows = 0, columns = 0, kept = 0, batch = 0;
-  const std::int32_t* column_indices = nullptr;  // (kept,) rising within a row, 16-byte aligned
-  const std::int32_t* row_order = nullptr;       // (rows,) long rows first: neighbours go together
-  const std::int64_t* tile_offsets = nullptr;    // (rows, tiles + 1), see cuda_tile_offsets
-  std::int64_t tile = 0;                         // columns that are staged at a time
-  std::int64_t splits = 0;                       // parts of the batch that run at once
+inline constexpr int run_rows = 8;  // neighbouring rows that stay in one block
+inline constexpr std::int64_t walk_column_bytes =
+    256;  // of the batch, staged of a column at a time
+inline constexpr std::int64_t most_tile_columns =
+    INT16_MAX / (walk_column_bytes / 16);  // of a tile
 
-  const void* gathered = nullptr;  // (columns, batch) by these strides
+struct CudaWalk {
+  DType dtype = DType::float32;  // of values, gathered, held, bias and product: any float
+  std::int64_t rows = 0, columns = 0, kept = 0, batch = 0;
+  std::int64_t tile = 0;  // columns that are staged at a time
+  // (kept,): 16 c + c % 8, c being each entry's column in its tile, rising within a row.
+  const std::int16_t* places = nullptr;
+  const std::int32_t* run_order = nullptr;     // (runs of eight rows,) long ones first
+  const std::int32_t* tile_offsets = nullptr;  // (rows, tiles + 1), see cuda_tile_offsets
+
+  // (columns, batch) by these strides. 16-bit ones have a batch stride of 1, and each column begins
+  // at a multiple of 16 bytes.
+  const void* gathered = nullptr;
   std::int64_t gathered_column_stride = 0, gathered_batch_stride = 0;
 
-  bool wants_product = false, wants_sampled = false;
-
-  const void* values = nullptr;  // (kept,) 16-byte aligned
+  const void* values = nullptr;  // (kept,)
   const void* bias = nullptr;    // (rows,) or null
   bool relu = false;
-  void* product = nullptr;  // (rows, batch), float64 for float64, else float32
+  void* product = nullptr;  // (rows, batch) by these strides, or null
+  std::int64_t product_row_stride = 0, product_batch_stride = 0;
 
   const void* held = nullptr;  // (rows, batch)
-  void* sampled = nullptr;     // (splits, kept) of the product's type, still to be summed
+  void* sampled = nullptr;     // (splits, kept), still to be summed, or null; float64 for float64,
+  std::int64_t splits = 0;     // else float32. See cuda_splits
 };
 
 // At least one, so that a weight without columns still gives its bias.
@@ -45,14 +53,16 @@ __host__ __device__ constexpr std::int64_t cuda_tiles(std::int64_t columns, std:
   return columns > tile ? cuda::divide_up(columns, tile) : 1;
 }
 
-// How a walk is best cut for this device: sets tile and splits.
-Status cuda_plan(DType dtype, std::int64_t columns, std::int64_t batch, bool sampled,
-                 cuda::Queue queue, std::int64_t* tile, std::int64_t* splits);
+// How many columns are best staged at a time.
+Status cuda_tile(std::int64_t columns, cuda::Queue queue, std::int64_t* tile);
+
+// In how many parts of the batch a sampled product is summed.
+std::int64_t cuda_splits(DType dtype, std::int64_t batch);
 
 // Where each row's entries of each tile begin: (rows, cuda_tiles + 1).
 Status cuda_tile_offsets(std::int64_t rows, std::int64_t columns, std::int64_t tile,
                          const std::int32_t* row_offsets, const std::int32_t* column_indices,
-                         std::int64_t* offsets, cuda::Queue queue);
+                         std::int32_t* offsets, cuda::Queue queue);
 
 Status cuda_walk(const CudaWalk& walk, cuda::Queue queue);
 

@@ -171,7 +171,7 @@ def test_kernels_run_on_the_device_of_their_tensors(cuda_emulator):
         ),
         lambda *q: cuda_emulator.cg_curvature(columns, columns, 0.0, partial, *q),
         lambda *q: cuda_emulator.masked_matmul_tile_offsets(
-            offsets, indices, 2, 2, torch.empty(1, 2, dtype=torch.int64), *q
+            offsets, indices, 2, 2, torch.empty(1, 2, dtype=torch.int32), *q
         ),
     ]
     for call in calls:

@@ -15,20 +15,25 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jacpot import _backend
-from jacpot.ops.masked_matmul_vectors import Vectors, multiply_vectors
+from jacpot.ops.masked_matmul_vectors import Vectors, columns_first, multiply_vectors
 
 __all__ = ["Walk", "dense_is_faster", "multiply", "multiply_and_sample", "prepare"]
 
 # The density from which a dense product takes less time, by the rates of sm_80 and sm_90: shared
-# memory feeds a kernel 32 float32 a clock, while 64 or 128 dense multiply-adds are done; in 16
-# bits it is 64 against 1024 or 2048 on the tensor cores, in float64 16 against 64 or more.
+# memory feeds a multiprocessor 32 float32 a clock, of which a fifth goes to other things, while 64
+# or 128 dense multiply-adds are done; in 16 bits it is 64 against 1024 or 2048 on the tensor cores,
+# in float64 16 against 64 or 128. Counted, not measured.
 _DENSE_FROM = {
-    torch.float32: 1 / 3,
+    torch.float32: 1 / 4,
     torch.float64: 1 / 6,
     torch.bfloat16: 1 / 24,
     torch.float16: 1 / 24,
 }
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+RUN = 8  # rows that stay together
+CHUNKS = 16  # of 16 bytes, of a column's piece of the batch in shared memory
+BANKS = 8  # of as many bytes
 
 
 def dense_is_faster(density: float, dtype: torch.dtype) -> bool:
@@ -44,10 +49,12 @@ class Walk:
     ----------
     indices
         ``(nnz,)`` int32: column of each entry, rising within a row.
-    order
-        ``(rows,)`` int32: the rows by falling length, so that rows walked together end together.
+    places
+        ``(nnz,)`` int16: where each entry's column lies in its tile, in 16 bytes of shared memory.
+    run_order
+        ``(rows / 8,)`` int32: runs of eight rows by falling length, to be dealt to blocks in turns.
     tile_offsets
-        ``(rows, tiles + 1)`` int64: where each row's entries of each tile of columns begin.
+        ``(rows, tiles + 1)`` int32: where each row's entries of each tile of columns begin.
     tile
         Columns of a tile.
     columns
@@ -55,10 +62,16 @@ class Walk:
     """
 
     indices: Tensor
-    order: Tensor
+    places: Tensor
+    run_order: Tensor
     tile_offsets: Tensor
     tile: int
     columns: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return len(self.tile_offsets)
 
     @cached_property
     def vectors(self) -> Vectors:
@@ -70,36 +83,38 @@ class Walk:
     def of(cls, offsets: Tensor, indices: Tensor, columns: int) -> Walk:
         """Prepare the walk of compressed rows: ``offsets (rows + 1,)``, ``indices (nnz,)``."""
         kernels, (device, stream) = _backend.cuda(), _backend.queue(offsets)
-        offsets, indices = offsets.to(torch.int32), indices.to(torch.int32).contiguous()
-        tile, _ = kernels.masked_matmul_plan("float32", columns, 1, False, device)
-        order = offsets.diff().argsort(descending=True, stable=True).to(torch.int32)
-        tiles = max(1, -(-columns // tile))
-        tile_offsets = offsets.new_empty((len(order), tiles + 1), dtype=torch.int64)
+        offsets = offsets.to(torch.int32).contiguous()
+        indices = indices.to(torch.int32).contiguous()
+        tile, rows = kernels.masked_matmul_tile(columns, device), len(offsets) - 1
+        local = indices % tile
+        places = (local * CHUNKS + local % BANKS).to(torch.int16)
+        begins = offsets[torch.arange(0, rows + RUN, RUN, device=offsets.device).clamp_max(rows)]
+        run_order = begins.diff().argsort(descending=True, stable=True).to(torch.int32)
+        tile_offsets = offsets.new_empty((rows, max(1, -(-columns // tile)) + 1))
         kernels.masked_matmul_tile_offsets(
-            offsets.contiguous(), indices, columns, tile, tile_offsets, device, stream
+            offsets, indices, columns, tile, tile_offsets, device, stream
         )
-        return cls(indices, order, tile_offsets, tile, columns)
+        return cls(indices, places, run_order, tile_offsets, tile, columns)
 
 
 def _fastest(walk: Walk, n: int, dtype: torch.dtype) -> str:
     """Name the way to a product that is expected to take the least time.
 
-    In 16 bits, clocks of a multiprocessor are counted for 64 examples: dense, as above; walking, 64
-    multiply-adds a clock, and per row and tile a pass over float32 sums in the L2 cache, which
-    gives 24 bytes a clock; by vectors, the 576 bytes of a block from there, and once for all
+    In 16 bits, clocks of a multiprocessor are counted for 64 examples: dense, as above; walking,
+    about 20 instructions for an entry and 128 examples, of which it begins four a clock; by
+    vectors, the 576 bytes of a block from the L2 cache, which gives 24 a clock, and once for all
     examples twice as many to put its values in place. Counted, not measured.
     """
-    rows, nnz = len(walk.order), len(walk.indices)
+    rows, nnz = walk.rows, len(walk.indices)
     density = nnz / max(1, rows * walk.columns)
     if dtype not in _SIXTEEN_BITS:
         return "dense" if dense_is_faster(density, dtype) else "walk"
     if density > 2 * _DENSE_FROM[dtype]:
         return "dense"
-    tiles = walk.tile_offsets.shape[1] - 1
     blocks = len(walk.vectors.columns)
     clocks = {
         "dense": rows * walk.columns * _DENSE_FROM[dtype],
-        "walk": nnz + rows * tiles * 64 * 8 / 24,
+        "walk": nnz * 2.5,
         "vectors": blocks * 24 * (1 + 128 / max(64, n)),
     }
     return min(clocks, key=lambda name: clocks[name])
@@ -109,9 +124,9 @@ def multiply(
     walk: Walk, x: Tensor, values: Tensor, bias: Tensor | None, relu: bool, feature_major: bool
 ) -> Tensor:
     """Compute ``x (N, columns) @ S.T + bias``; row-major or, if so asked, of strides (1, N)."""
-    product, _ = _run(walk, x, values, bias, relu, None)
+    product, _ = _run(walk, x, values, bias, relu, None, feature_major)
     assert product is not None
-    return _laid_out(product, x.dtype, feature_major)
+    return product
 
 
 def multiply_and_sample(
@@ -122,25 +137,7 @@ def multiply_and_sample(
     Either is left out where ``values``, or ``held (N, rows)``, is None. Both together take hardly
     longer than one.
     """
-    product, sampled = _run(walk, gathered, values, None, False, held)
-    return (
-        None if product is None else _laid_out(product, gathered.dtype, feature_major),
-        sampled,
-    )
-
-
-def _laid_out(product: Tensor, dtype: torch.dtype, feature_major: bool) -> Tensor:
-    """Give ``(rows, N)`` as ``(N, rows)`` of the dtype; one pass at most."""
-    if feature_major:
-        return product.to(dtype).t()
-    out = product.new_empty((product.shape[1], product.shape[0]), dtype=dtype)
-    return out.copy_(product.t())
-
-
-def _aligned(values: Tensor) -> Tensor:
-    """Give contiguous memory at a multiple of 16 bytes: copies a view that begins elsewhere."""
-    values = values.contiguous()
-    return values.clone() if values.data_ptr() % 16 else values
+    return _run(walk, gathered, values, None, False, held, feature_major)
 
 
 def _run(
@@ -150,37 +147,35 @@ def _run(
     bias: Tensor | None,
     relu: bool,
     held: Tensor | None,
+    feature_major: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    kernels, (device, stream) = _backend.cuda(), _backend.queue(gathered)
-    n, rows, nnz = gathered.shape[0], len(walk.order), len(walk.indices)
-    wide = torch.float64 if gathered.dtype == torch.float64 else torch.float32
-    name = str(gathered.dtype).removeprefix("torch.")
-    _, splits = kernels.masked_matmul_plan(name, walk.columns, n, held is not None, device)
+    kernels, queue = _backend.cuda(), _backend.queue(gathered)
+    gathered, n = gathered.detach(), len(gathered)
     product = sampled = None
     if values is not None:
-        product = gathered.new_empty((rows, n), dtype=wide)
+        product = _empty(gathered, walk.rows, feature_major)
     if held is not None:
+        wide = torch.float64 if gathered.dtype == torch.float64 else torch.float32
+        name = str(gathered.dtype).removeprefix("torch.")
         # Entries of a batch of zero are sums of nothing, which no block writes.
         new = gathered.new_empty if n else gathered.new_zeros
-        sampled = new((splits, nnz), dtype=wide)
+        sampled = new((kernels.masked_matmul_splits(name, n), len(walk.indices)), dtype=wide)
     kernels.masked_matmul_walk(
-        walk.indices,
-        walk.order,
+        walk.places,
+        walk.run_order,
         walk.tile_offsets,
         walk.tile,
-        splits,
-        gathered.detach().t(),
-        None if values is None else _aligned(values.detach()),
+        columns_first(gathered)[:, :n] if gathered.dtype in _SIXTEEN_BITS else gathered.t(),
+        None if values is None else values.detach().contiguous(),
         None if bias is None else bias.detach().contiguous(),
         relu,
-        product,
+        None if product is None else product.t(),
         None if held is None else held.detach().t().contiguous(),
         sampled,
-        device,
-        stream,
+        *queue,
     )
     if sampled is not None:
-        sampled = (sampled[0] if splits == 1 else sampled.sum(0)).to(gathered.dtype)
+        sampled = (sampled[0] if len(sampled) == 1 else sampled.sum(0)).to(gathered.dtype)
     return product, sampled
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jacpot import _backend
 
-__all__ = ["Vectors", "multiply_vectors"]
+__all__ = ["Vectors", "columns_first", "multiply_vectors"]
 
 ROWS = 16  # of a window
 VECTORS = 16  # of a block
@@ -92,7 +92,7 @@ def multiply_vectors(
         vectors.begins,
         vectors.tile,
         in_place.view(-1, ROWS * VECTORS),
-        _columns_first(x.detach()),
+        columns_first(x.detach()),
         None if bias is None else bias.detach().contiguous(),
         relu,
         out.t(),
@@ -101,7 +101,7 @@ def multiply_vectors(
     return out
 
 
-def _columns_first(x: Tensor) -> Tensor:
+def columns_first(x: Tensor) -> Tensor:
     """Give ``x (N, columns)`` as (columns, N), N rounded up to eight: a copy unless it is so."""
     n, columns = x.shape
     if n % 8 == 0 and x.t().is_contiguous() and x.data_ptr() % 16 == 0:
