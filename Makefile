@@ -10,7 +10,7 @@ BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f 2>
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo emulator cuda test test-cuda test-slow test-asan bench lint tidy format stub docs clean
+.PHONY: help demo emulator cuda test test-cuda test-slow test-asan bench bench-cuda lint tidy format stub docs clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ test-asan: $(VENV)/requirements  ## run the tests of the compiled code under ASa
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HYPOTHESIS_PROFILE=sanitizer \
 	  $(BIN)/python tools/run_from.py $(SITE) -m pytest --capture=sys --timeout 1800 $(or $(PYTEST_ARGS),tests/core tests/ops)
+
+# With the Python at hand, which has what it needs: where a GPU is there for minutes, nothing is fetched.
+bench-cuda:  ## on a machine with a GPU: build, test, measure and sanitize within 25 minutes
+	$(PYTHON) tools/gpu_session.py $(SESSION_ARGS)
 
 bench: $(VENV)/installed  ## run the benchmarks of the primitives, peers alongside
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done

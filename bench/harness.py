@@ -239,11 +239,26 @@ class Report:
         self.keep()
         return timings
 
+    def add(self, case: str, seconds: Mapping[str, float], note: str = "") -> None:
+        """Take seconds that were measured elsewhere, and a note on what they mean."""
+        self.rows.append(
+            {
+                "case": case,
+                "median_seconds": dict(seconds),
+                "ratio": {},
+                "gflops": None,
+                "note": note,
+            }
+        )
+        self.keep()
+
     def keep(self) -> None:
         """Say what the last row is, and write all rows if there is a path."""
         row = self.rows[-1]
-        medians = (f"{name} {1e3 * t:.3f} ms" for name, t in row["median_seconds"].items())
-        print(f"{row['case']}: {', '.join(medians)}", flush=True)
+        said = [f"{name} {1e3 * t:.3f} ms" for name, t in row["median_seconds"].items()]
+        said += [f"{ratio:.2f}x of {name}" for name, ratio in row["ratio"].items()]
+        said += [row["note"]] if row.get("note") else []
+        print(f"{row['case']}: {', '.join(said)}", flush=True)
         if self.path is not None:
             self.save(self.path)
 

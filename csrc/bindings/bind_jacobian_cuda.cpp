@@ -1,43 +1,25 @@
 #include <vector>
 
 #include "bindings/cuda.hpp"
+#include "bindings/jacobian_factors.hpp"
 #include "jacobian/gram_cuda.hpp"
 #include "jacobian/signs_cuda.hpp"
 
 namespace jacpot {
 namespace {
 
-// Factors as they come: activations (N, T, G, I) of any strides, and signals (N, K, T, G, O) with
-// an innermost stride of 1.
-struct Factors {
-  Array activations, signals;
-
-  Factors(const py::tuple& pair, DType dtype, cuda::Queue queue)
-      : activations(pair[0], "activations"), signals(pair[1], "signals") {
-    activations.expect_dtype({dtype}).expect_device(device_of(queue));
-    activations.expect_shape({Array::any, Array::any, Array::any, Array::any});
-    signals.expect_like(activations);
-    signals.expect_shape(
-        {activations.shape(0), Array::any, activations.shape(1), activations.shape(2), Array::any});
-    if (signals.shape(4) > 1 && signals.stride(4) != 1)
-      throw py::value_error("argument 'signals' must have an innermost stride of 1");
-  }
-  template <class T>
-  CudaGramFactors<T> group(std::int64_t g) const {
-    return {static_cast<const T*>(activations.data()) + g * activations.stride(2),
-            activations.stride(0),
-            activations.stride(1),
-            static_cast<const T*>(signals.data()) + g * signals.stride(3),
-            signals.stride(0),
-            signals.stride(1),
-            signals.stride(2)};
-  }
-};
+// Activations of any strides, which inputs are picked from one by one under a mask.
+Factors factors_on(cuda::Queue queue, const py::handle& pair, const Array& like) {
+  Factors out(pair.cast<py::tuple>(), device_of(queue));
+  out.activations.expect_dtype({like.dtype()});
+  Factors::expect_unit_stride(out.signals, 4);
+  return out;
+}
 
 // layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left and
 // right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
-void gram(const py::list& layers, const std::string& outputs, const std::string& precision,
-          py::handle out, int device, std::uintptr_t stream) {
+void tangent_gram(const py::list& layers, const std::string& outputs, const std::string& precision,
+                  py::handle out, int device, std::uintptr_t stream) {
   const cuda::Queue queue{device, stream};
   if (outputs != "full" && outputs != "trace" && outputs != "diagonal")
     throw py::value_error("argument 'outputs' must be 'full', 'trace' or 'diagonal', got '" +
@@ -46,9 +28,9 @@ void gram(const py::list& layers, const std::string& outputs, const std::string&
     throw py::value_error("argument 'precision' must be 'exact', '3xtf32' or 'tf32', got '" +
                           precision + "'");
   if (layers.empty()) throw py::value_error("argument 'layers' must not be empty");
-  const CudaGramOutputs wanted = outputs == "full"    ? CudaGramOutputs::full
-                                 : outputs == "trace" ? CudaGramOutputs::trace
-                                                      : CudaGramOutputs::diagonal;
+  const GramOutputs wanted = outputs == "full"    ? GramOutputs::full
+                             : outputs == "trace" ? GramOutputs::trace
+                                                  : GramOutputs::diagonal;
   const CudaGramPrecision allowed = precision == "exact"    ? CudaGramPrecision::exact
                                     : precision == "3xtf32" ? CudaGramPrecision::tf32x3
                                                             : CudaGramPrecision::tf32;
@@ -61,10 +43,9 @@ void gram(const py::list& layers, const std::string& outputs, const std::string&
     bool symmetric = true;
     for (const py::handle item : layers) {
       const auto entry = item.cast<py::tuple>();
-      const Factors left(entry[0].cast<py::tuple>(), result.dtype(), queue);
+      const Factors left = factors_on(queue, entry[0], result);
       symmetric = entry[1].is_none();
-      const Factors right =
-          symmetric ? left : Factors(entry[1].cast<py::tuple>(), result.dtype(), queue);
+      const Factors right = symmetric ? left : factors_on(queue, entry[1], result);
       const std::int64_t groups = left.activations.shape(2), units = left.signals.shape(4);
       n = left.activations.shape(0);
       m = right.activations.shape(0);
@@ -96,13 +77,13 @@ void gram(const py::list& layers, const std::string& outputs, const std::string&
       }
     }
     switch (wanted) {
-      case CudaGramOutputs::full:
+      case GramOutputs::full:
         result.expect_shape({n, k, m, k});
         break;
-      case CudaGramOutputs::trace:
+      case GramOutputs::trace:
         result.expect_shape({n, m});
         break;
-      case CudaGramOutputs::diagonal:
+      case GramOutputs::diagonal:
         result.expect_shape({n, m, k});
         break;
     }
@@ -141,7 +122,7 @@ void mirror(py::handle out, int device, std::uintptr_t stream) {
 }  // namespace
 
 void bind_jacobian_cuda(py::module_& m) {
-  m.def("jacobian_gram", &gram, py::arg("layers"), py::arg("outputs"), py::arg("precision"),
+  m.def("jacobian_gram", &tangent_gram, py::arg("layers"), py::arg("outputs"), py::arg("precision"),
         py::arg("out"), py::arg("device"), py::arg("stream"),
         "The fused Gram matrix of layers that are given as factors.");
   m.def("jacobian_signs", &draw_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),

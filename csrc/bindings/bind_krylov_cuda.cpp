@@ -1,5 +1,6 @@
 #include "bindings/cuda.hpp"
 #include "krylov/cg_cuda.hpp"
+#include "krylov/eigen_cuda.hpp"
 
 namespace jacpot {
 namespace {
@@ -76,6 +77,19 @@ void direction(py::handle z, py::handle partial, py::handle rz, py::handle next_
   });
 }
 
+void eigen(py::handle a, py::handle values, py::handle vectors, int device, std::uintptr_t stream) {
+  const cuda::Queue queue{device, stream};
+  const Array matrix = on_queue(a, "a", queue, float64, {Array::any, Array::any});
+  const std::int64_t size = matrix.shape(0);
+  matrix.expect_shape({size, size});
+  const Array found = on_queue(values, "values", queue, float64, {size});
+  const Array turns = on_queue(vectors, "vectors", queue, float64, {size, size});
+  raise_if_failed(krylov::cuda_eigen(size, static_cast<const double*>(matrix.data()),
+                                     static_cast<double*>(found.data()),
+                                     static_cast<double*>(turns.data()), queue),
+                  "block_cg");
+}
+
 }  // namespace
 
 void bind_krylov_cuda(py::module_& m) {
@@ -98,6 +112,16 @@ void bind_krylov_cuda(py::module_& m) {
   m.def("cg_direction", &direction, py::arg("z"), py::arg("partial"), py::arg("rz"),
         py::arg("next_rz"), py::arg("p"), py::arg("working"), py::arg("device"), py::arg("stream"),
         "p = z + beta p, also in the operator's type.");
+  m.def(
+      "eigen_limit",
+      [](int device) {
+        std::int64_t size = 0;
+        raise_if_failed(krylov::cuda_eigen_limit({device, 0}, &size), "block_cg");
+        return size;
+      },
+      py::arg("device"), "The largest matrix that eigen takes.");
+  m.def("eigen", &eigen, py::arg("a"), py::arg("values"), py::arg("vectors"), py::arg("device"),
+        py::arg("stream"), "Eigenvalues, in no order, and vectors of a small symmetric matrix.");
 }
 
 }  // namespace jacpot

@@ -12,14 +12,22 @@ struct Factors {
   Array activations, signals;
 
   explicit Factors(const py::tuple& pair, bool positions_may_be_innermost = false)
-      : activations(pair[0], "activations"), signals(pair[1], "signals") {
-    activations.expect_cpu().expect_shape({Array::any, Array::any, Array::any, Array::any});
-    signals.expect_like(activations);
-    const std::int64_t n = activations.shape(0), t = activations.shape(1), g = activations.shape(2);
-    signals.expect_shape({n, Array::any, t, g, Array::any});
+      : Factors(pair, Device{}) {
     expect_unit_stride(activations, 3);
     if (!positions_may_be_innermost || (signals.stride(2) != 1 && signals.shape(2) > 1))
       expect_unit_stride(signals, 4);
+  }
+  // Of any strides, for those that check what they can take.
+  Factors(const py::tuple& pair, Device device)
+      : activations(pair[0], "activations"), signals(pair[1], "signals") {
+    if (device == Device{})
+      activations.expect_cpu();
+    else
+      activations.expect_device(device);
+    activations.expect_shape({Array::any, Array::any, Array::any, Array::any});
+    signals.expect_like(activations);
+    const std::int64_t n = activations.shape(0), t = activations.shape(1), g = activations.shape(2);
+    signals.expect_shape({n, Array::any, t, g, Array::any});
   }
   static void expect_unit_stride(const Array& array, int d) {
     if (array.shape(d) > 1 && array.stride(d) != 1)

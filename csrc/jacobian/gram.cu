@@ -93,8 +93,8 @@ struct Plain {
 
 template <class T>
 Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, std::int64_t n,
-                 std::int64_t m, std::int64_t k, CudaGramOutputs outputs,
-                 CudaGramPrecision precision, T* out, cuda::Queue queue) {
+                 std::int64_t m, std::int64_t k, GramOutputs outputs, CudaGramPrecision precision,
+                 T* out, cuda::Queue queue) {
   using namespace gram_tiles;
   if (n == 0 || m == 0 || k == 0) return {};
   Limits limits;
@@ -107,9 +107,9 @@ Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, st
   arguments.symmetric = symmetric;
   arguments.n = n;
   arguments.m = m;
-  arguments.width = outputs == CudaGramOutputs::full ? k : 1;
-  arguments.summed = outputs == CudaGramOutputs::trace ? k : 1;
-  arguments.planes = outputs == CudaGramOutputs::diagonal ? k : 1;
+  arguments.width = outputs == GramOutputs::full ? k : 1;
+  arguments.summed = outputs == GramOutputs::trace ? k : 1;
+  arguments.planes = outputs == GramOutputs::diagonal ? k : 1;
   arguments.out = out;
   const std::int64_t width = arguments.width;
   arguments.rows_in_tile = width > tile ? tile : tile / width * width;
@@ -137,10 +137,10 @@ Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, st
 }
 
 template Status cuda_gram<float>(const std::vector<CudaGramLayer<float>>&, bool, std::int64_t,
-                                 std::int64_t, std::int64_t, CudaGramOutputs, CudaGramPrecision,
-                                 float*, cuda::Queue);
+                                 std::int64_t, std::int64_t, GramOutputs, CudaGramPrecision, float*,
+                                 cuda::Queue);
 template Status cuda_gram<double>(const std::vector<CudaGramLayer<double>>&, bool, std::int64_t,
-                                  std::int64_t, std::int64_t, CudaGramOutputs, CudaGramPrecision,
+                                  std::int64_t, std::int64_t, GramOutputs, CudaGramPrecision,
                                   double*, cuda::Queue);
 
 }  // namespace jacpot

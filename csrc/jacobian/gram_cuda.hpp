@@ -10,30 +10,15 @@
 #include <vector>
 
 #include "common/cuda.hpp"
+#include "jacobian/gram.hpp"
 
 namespace jacpot {
 
-// One side's factors of a layer (of one group). Strides count elements; that of a signal's
-// innermost index is 1.
+// Activations' inputs have strides of their own.
 template <class T>
-struct CudaGramFactors {
-  const T* activations = nullptr;  // (N, T, I)
-  std::int64_t activations_example = 0, activations_position = 0;
-  const T* signals = nullptr;  // (N, K, T, O)
-  std::int64_t signals_example = 0, signals_output = 0, signals_position = 0;
+struct CudaGramLayer : GramLayer<T> {
+  std::int64_t left_input = 1, right_input = 1;
 };
-
-template <class T>
-struct CudaGramLayer {
-  CudaGramFactors<T> left, right;
-  std::int64_t positions = 1, inputs = 0, outputs = 0;
-  std::int64_t left_input = 1, right_input = 1;  // strides of the activations' inputs
-  const std::int64_t* row_offsets = nullptr;     // kept weights by output unit, or null for all
-  const std::int32_t* columns = nullptr;
-  bool bias = false;
-};
-
-enum class CudaGramOutputs { full, trace, diagonal };
 
 // How float32 is multiplied: exactly, or on tensor cores. There every number is rounded to TF32,
 // which has 11 significant bits, or split into two of these, of whose products the three largest
@@ -45,7 +30,7 @@ enum class CudaGramPrecision { exact, tf32x3, tf32 };
 // M == N and right == left; it computes one half and is exactly symmetric.
 template <class T>
 Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, std::int64_t n,
-                 std::int64_t m, std::int64_t k, CudaGramOutputs outputs,
-                 CudaGramPrecision precision, T* out, cuda::Queue queue);
+                 std::int64_t m, std::int64_t k, GramOutputs outputs, CudaGramPrecision precision,
+                 T* out, cuda::Queue queue);
 
 }  // namespace jacpot

@@ -152,7 +152,7 @@ __global__ __launch_bounds__(threads, 1) void gram_tile(
   for (int index = 0; index < arguments.n_layers; ++index) {
     const CudaGramLayer<T>& layer = arguments.layers[index];
     for (int i = static_cast<int>(threadIdx.x); i < tile; i += threads) {
-      const auto begin = [&](const CudaGramFactors<T>& factors, std::int64_t at) {
+      const auto begin = [&](const GramFactors<T>& factors, std::int64_t at) {
         return at / width * factors.signals_example + (at % width + plane) * factors.signals_output;
       };
       shared.signal_row[i] = i < rows ? begin(layer.left, row0 + i) : -1;
@@ -177,13 +177,13 @@ __global__ __launch_bounds__(threads, 1) void gram_tile(
           const std::int64_t inputs =
               layer.row_offsets ? layer.row_offsets[o + 1] - begin : layer.inputs;
           const std::int32_t* kept = layer.row_offsets ? layer.columns + begin : nullptr;
-          const auto activations = [&](const CudaGramFactors<T>& of, std::int64_t position,
+          const auto activations = [&](const GramFactors<T>& of, std::int64_t position,
                                        const std::int64_t* offsets, std::int64_t stride) {
             const T* base = of.activations + position * of.activations_position;
             return Operand<T>{base, offsets, stride,
                               0,    kept,    at_sixteen_bytes(base, of.activations_example, 0)};
           };
-          const auto signals = [&](const CudaGramFactors<T>& of, std::int64_t position,
+          const auto signals = [&](const GramFactors<T>& of, std::int64_t position,
                                    const std::int64_t* offsets) {
             const T* base = of.signals + position * of.signals_position + o;
             return Operand<T>{

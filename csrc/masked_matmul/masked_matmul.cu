@@ -33,7 +33,7 @@ constexpr int width = panel<T> / lanes;  // of that, of one lane: of two chunks
 // Rows of a group at most, by what their sums take of a thread's registers. Both products at once
 // need more registers for one row, and their partial results allow for fewer blocks side by side.
 template <class T>
-constexpr int most_rows(bool both) {
+__host__ __device__ constexpr int most_rows(bool both) {
   return (both ? 32 : 64) * 4 / (width<T> * static_cast<int>(sizeof(accumulator<T>)));
 }
 

@@ -13,7 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOST_ONLY = ("masked_matmul_splits", "masked_matmul_tile", "masked_matmul_vector_tile")
+HOST_ONLY = (
+    "eigen_limit",
+    "masked_matmul_splits",
+    "masked_matmul_tile",
+    "masked_matmul_vector_tile",
+)
 
 
 class PretendGraph:

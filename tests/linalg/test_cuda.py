@@ -112,6 +112,37 @@ def test_block_cg_shares_its_search_space(emulated_cuda):
     assert 2 * together.iterations < alone.iterations
 
 
+@settings(max_examples=8)
+@given(n=st.integers(1, 20), seed=st.integers(0, 99), rank=st.integers(0, 20))
+def test_eigenvalues_and_vectors_of_small_matrices(emulated_cuda, n, seed, rank):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+    a = root @ root.T - (root @ root.T).trace() / n * torch.eye(n) * (seed % 2)
+    values, vectors = torch.full((n,), torch.nan).double(), torch.full((n, n), torch.nan).double()
+    emulated_cuda.eigen(a, values, vectors, 0, 0)
+    size = 1e-14 * max(1.0, a.abs().max().item()) * n
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(n).double(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(vectors * values @ vectors.T, a, rtol=0, atol=size)
+    expected = torch.linalg.eigvalsh(a)
+    torch.testing.assert_close(values.sort().values, expected, rtol=0, atol=size)
+
+
+def test_eigenvalues_of_what_is_not_finite_are_not(emulated_cuda):
+    a = torch.eye(3, dtype=torch.float64)
+    a[0, 1] = a[1, 0] = torch.nan
+    values, vectors = torch.zeros(3).double(), torch.zeros(3, 3).double()
+    emulated_cuda.eigen(a, values, vectors, 0, 0)
+    assert not values[:2].isfinite().any()
+
+
+def test_more_right_hand_sides_than_a_search_space_factors_on_the_device(emulated_cuda):
+    a, b = system(70, 60, torch.float64, 0)
+    assert emulated_cuda.eigen_limit(0) < 60
+    solution = solve(a, b, method="block_cg", tol=1e-8)
+    assert solution.converged
+    torch.testing.assert_close(solution.x, torch.linalg.solve(a, b), rtol=1e-6, atol=1e-8)
+
+
 def test_block_cg_of_dependent_right_hand_sides(emulated_cuda):
     a, b = system(30, 3, torch.float64, 5)
     b = torch.cat([b, b[:, :1] * 1e-6, b[:, 1:2] - b[:, 2:], torch.zeros(30, 1)], 1)
@@ -162,12 +193,13 @@ def graphs(emulated_cuda, monkeypatch):
     return PretendGraph.made
 
 
+@pytest.mark.parametrize("method", ["cg", "block_cg"])
 @pytest.mark.parametrize("preconditioner", [None, "nystrom", "diagonal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_replayed_iteration_is_the_iteration(graphs, preconditioner, dtype):
+def test_a_replayed_iteration_is_the_iteration(graphs, method, preconditioner, dtype):
     """With restarts, which must leave the memory of the recording in use."""
     a, b = system(40, 3, dtype, 1, condition=1e3)
-    options = {"method": "cg", "tol": 1e-11, "preconditioner": preconditioner}
+    options = {"method": method, "tol": 1e-11, "preconditioner": preconditioner}
     replayed = solve(a, b, 0.01, **options)
     assert replayed.converged, str(replayed)
     assert len(graphs) == 1
