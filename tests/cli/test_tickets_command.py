@@ -4,6 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jacpot.cli.app import app
+from jacpot.studies import tickets as study
+from jacpot.studies.steps import train_steps
 from jacpot.studies.tickets_report import draw
 
 SMALL = [*("--width", "8", "--train-size", "60", "--test-size", "40"), "--steps", "10"]
@@ -41,6 +43,42 @@ def test_more_rounds_go_on_where_fewer_ended(tmp_path):
         rows.append([row for row in result["rows"] if row["kind"] == "ticket"])
     assert rows[1][: len(rows[0])] == rows[0]
     assert len(rows[1]) == len(rows[0]) + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted: 3 of 8 trainings are finished and kept."),
+        (RuntimeError("training diverged"), 1, "training diverged; finished trainings are kept"),
+    ],
+)
+def test_what_ends_a_study_early_leaves_a_table_and_goes_on(
+    tmp_path, monkeypatch, error, code, message
+):
+    command = ["imp", *SMALL, "--rounds", "1", "--seeds", "2", "--out"]
+    whole = run(*command, tmp_path / "whole")
+    calls = 0
+
+    def fragile(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise error
+        return train_steps(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "train_steps", fragile)
+        cut = run(*command, tmp_path / "cut")
+    assert cut.exit_code == code
+    assert message in " ".join(cut.output.split())
+    assert "reinitialised" in cut.output
+    assert len(json.loads((tmp_path / "cut" / "tickets.json").read_text())["rows"]) == 3
+    assert run(*command, tmp_path / "cut").exit_code == whole.exit_code == 0
+    rows = [
+        json.loads((tmp_path / name / "tickets.json").read_text())["rows"]
+        for name in ("whole", "cut")
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_errors_name_the_argument(tmp_path):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jacpot.cli.options import numbers, usable
+from jacpot.cli.options import numbers, progress_bar, usable
 
 if TYPE_CHECKING:
     from jacpot.studies.compare import Settings
@@ -157,14 +156,7 @@ def _run(record: Record, settings: Settings, parts: Split, seeds: int, console: 
         console.print(
             f"[dim]{record.folder} already holds {done()} of {seeds} seeds[/]", soft_wrap=True
         )
-    columns = (
-        TextColumn("{task.fields[name]}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=seeds, completed=done(), name="seeds")
 
         def show(seed: int, stage: str) -> None:

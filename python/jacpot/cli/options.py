@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["numbers", "usable"]
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["numbers", "progress_bar", "usable"]
 
 Number = TypeVar("Number", int, float)
 
@@ -29,3 +32,16 @@ def usable(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used: {error}") from error
     return name
+
+
+def progress_bar(console: Console) -> Progress:
+    """How far a study is; a task's ``name`` stands before the bar, its description behind."""
+    return Progress(
+        TextColumn("{task.fields[name]}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.description}"),
+        console=console,
+        transient=True,
+    )

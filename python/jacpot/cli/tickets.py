@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from jacpot.cli.options import numbers, usable
+from jacpot.cli.options import numbers, progress_bar, usable
+
+if TYPE_CHECKING:
+    from jacpot.studies.split import Split
+    from jacpot.studies.ticket_store import Store
+    from jacpot.studies.tickets import TicketSettings
 
 __all__ = ["tickets"]
 
@@ -139,7 +144,7 @@ def tickets(
     from jacpot.studies.split import split
     from jacpot.studies.steps import Steps
     from jacpot.studies.ticket_store import Store
-    from jacpot.studies.tickets import SUPERMASKS, TicketSettings, build, run
+    from jacpot.studies.tickets import SUPERMASKS, TicketSettings, build
     from jacpot.studies.tickets_report import draw, summarise, table
 
     name = method.value
@@ -177,25 +182,50 @@ def tickets(
         typer.secho(f"jacpot tickets: {error}", err=True, fg="red")
         raise typer.Exit(2) from error
 
-    console = Console()
-    rows = []
-    try:
-        for seed in range(seeds):
-            rows += run(store, settings, parts, seed, console.log)
-    except KeyboardInterrupt:
-        console.print("Interrupted; what is finished is kept, the same command continues.")
-        raise typer.Exit(130) from None
-    except OSError as error:
-        typer.secho(f"jacpot tickets: {error}; what is finished is kept", err=True, fg="red")
-        raise typer.Exit(1) from error
-    summary = summarise(rows)
-    title = f"{name} on {dataset.name}, {settings.net} {width}" + (f" x {depth}" if depth else "")
-    console.print(table(summary, title))
-    described = {**store.settings, "rounds": rounds}
-    result = {"settings": described, "environment": environment(), "summary": summary}
-    path = store.write("tickets.json", {**result, "rows": rows})
-    figure = draw(summary, folder / "figure.png", title)
-    console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
+    console = Console(log_path=False)
+    rows, end = _run(store, settings, parts, seeds, console)
+    if rows:
+        summary = summarise(rows)
+        title = f"{name} on {dataset.name}, {net.value} {width}" + (f" x {depth}" if depth else "")
+        console.print(table(summary, title))
+        described = {**store.settings, "rounds": rounds}
+        result = {"settings": described, "environment": environment(), "summary": summary}
+        path = store.write("tickets.json", {**result, "rows": rows})
+        figure = draw(summary, folder / "figure.png", title)
+        console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
+    if isinstance(end, KeyboardInterrupt):
+        console.print(
+            f"Interrupted: {len(rows)} of {seeds * settings.trainings} trainings are finished and "
+            "kept. The same command continues."
+        )
+        raise typer.Exit(130)
+    if end is not None:
+        typer.secho(f"jacpot tickets: {end}; finished trainings are kept", err=True, fg="red")
+        raise typer.Exit(1) from end
+
+
+def _run(
+    store: Store, settings: TicketSettings, parts: Split, seeds: int, console: Console
+) -> tuple[list[dict[str, Any]], BaseException | None]:
+    """Run the study behind a progress bar; give the rows, and what ended it early."""
+    from jacpot.studies.tickets import run
+
+    rows: list[dict[str, Any]] = []
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=seeds * settings.trainings, name="trainings")
+
+        def keep(row: dict[str, Any]) -> None:
+            rows.append(row)
+            bar.advance(task)
+            found = f"{row['kind']} at {row['density']:.2%}: {row['accuracy']:.2%}"
+            console.log(f"seed {row['seed']}, {found}", highlight=False)
+
+        try:
+            for seed in range(seeds):
+                run(store, settings, parts, seed, keep)
+        except (KeyboardInterrupt, OSError, RuntimeError) as end:
+            return rows, end
+    return rows, None
 
 
 def _refuse_idle_options(context: typer.Context, method: Method) -> None:

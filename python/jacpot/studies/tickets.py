@@ -22,7 +22,6 @@ from jacpot.tickets._random import seeded
 __all__ = ["CONTROLS", "METHODS", "SCORES", "SUPERMASKS", "TicketSettings", "build", "run"]
 
 Row = dict[str, Any]
-Progress = Callable[[str], None]
 
 # From (network, inputs, labels, mask, seed) to scores.
 SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor, Mask | None, int], Mapping[str, Tensor]]] = {
@@ -91,6 +90,13 @@ class TicketSettings:
             if not 0 < density <= 1:
                 raise ValueError(f"density: expected a share in (0, 1], got {density}")
 
+    @property
+    def trainings(self) -> int:
+        """How many a seed takes."""
+        if self.method == "imp":
+            return 1 + self.rounds * (1 + len(CONTROLS))
+        return len(self.densities)
+
     def record(self, dataset: Dataset, parts: Split) -> dict[str, Any]:
         """Everything the numbers depend on but the seed, in plain values.
 
@@ -135,7 +141,7 @@ def run(
     settings: TicketSettings,
     parts: Split,
     seed: int,
-    progress: Progress = lambda line: None,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Search and train with one seed; finished trainings are read from ``store``.
 
@@ -147,8 +153,8 @@ def run(
         What to do, on what.
     seed
         Draws the network, the order of examples, and what controls and random scores need.
-    progress
-        Called with a line of text after each training.
+    on_row
+        Called with each row, when its training is done or found done.
 
     Returns
     -------
@@ -161,7 +167,7 @@ def run(
 
     def keep(kind: str, density: float, metrics: Row) -> None:
         rows.append({"kind": kind, "seed": seed, "density": density, **metrics})
-        progress(f"seed {seed}: {kind} at {density:.2%}: {metrics['accuracy']:.2%}")
+        on_row(rows[-1])
 
     network = build(settings, parts, seed)
     if settings.method == "imp":

@@ -22,12 +22,14 @@ NUMBERS = (
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and deviation over seeds of each number, by kind and density."""
+    """Mean and deviation over seeds of each number, by kind and falling density."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kind"], round(row["density"], 4)), []).append(row)
     summary = []
-    for (kind, _), members in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])):
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    order = sorted(groups.items(), key=lambda item: (kinds.index(item[0][0]), -item[0][1]))
+    for (kind, _), members in order:
         line: dict[str, Any] = {"kind": kind, "density": mean(m["density"] for m in members)}
         line["seeds"] = len(members)
         for name in NUMBERS:
@@ -81,6 +83,7 @@ def draw(summary: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
     left.set(xscale="log", xlabel="density, %", ylabel="test accuracy, %")
     right.set(xscale="log", xlabel="density, %", ylabel="step of the lowest validation loss")
     for axes in (left, right):
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
     left.legend()
