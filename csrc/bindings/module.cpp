@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, m) {
   jacpot::bind_cuda(cuda);
 #endif
   jacpot::bind_krylov(m);
+  jacpot::bind_linear_layer(m);
   jacpot::bind_masked_matmul(m);
   jacpot::bind_jacobian(m);
   jacpot::bind_jacobian_operator(m);

@@ -32,6 +32,8 @@ __all__: list[str] = [
     "jacobian_vjp",
     "jacobian_windows",
     "krylov_solve",
+    "linear_layer",
+    "linear_layer_backward",
     "masked_conv2d",
     "masked_conv2d_backward",
     "masked_matmul",
@@ -252,6 +254,27 @@ def krylov_solve(
 ) -> dict:
     """
     Runs the named Krylov method in place on x; returns what happened.
+    """
+
+def linear_layer(
+    x: typing.Any,
+    weight: typing.Any,
+    bias: typing.Any,
+    y: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    y = x · weightᵀ + bias, for few examples.
+    """
+
+def linear_layer_backward(
+    signals: typing.Any,
+    weight: typing.Any,
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    out = signals · weight, without the outputs where all signals of an example are zero.
     """
 
 def masked_conv2d(

@@ -18,6 +18,11 @@ def mlp():
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3)), (12,)
 
 
+def wide():  # weights large enough for kernels of our own
+    layers = nn.Linear(70, 90), nn.ReLU(), nn.Linear(90, 80), nn.ReLU(), nn.Linear(80, 6)
+    return nn.Sequential(*layers), (70,)
+
+
 def cnn():
     layers = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(12, 3)), (2, 6, 6)
@@ -65,3 +70,19 @@ def test_ten_digits(make, size):
         new = torch.randn(5, *shape, dtype=torch.float64)
         expected = torch.func.jvp(partial(outputs, new), (parameters,), (dict(lin.delta),))
         assert difference(lin(new), expected[0] + expected[1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("n", [3, 70])  # few examples, and more
+def test_wide_layers(n):
+    torch.manual_seed(0)
+    net, shape = wide()
+    net = net.double()
+    x = torch.randn(n, *shape, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def output(p, example):
+        return functional_call(net, p, (example[None],))[0]
+
+    rows = torch.func.vmap(jacrev(output), (None, 0))(parameters, x)
+    dense = torch.cat([rows[name].flatten(2) for name in parameters], 2)
+    assert difference(jacpot.jacobian(net, x).dense(), dense) <= TOLERANCE

@@ -73,14 +73,24 @@ def signals(
         with warnings.catch_warnings():
             # what torch warns of here, derivatives taken one after the other, is exact as well
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.autograd.grad(
-                outputs, sources, cotangents,
-                is_grads_batched=True, retain_graph=True, allow_unused=True,
-            )  # fmt: skip
+            return _mapped(outputs, sources, cotangents)
     except RuntimeError as error:
         if not cannot_map(error):
             raise
     return _one_by_one(outputs, sources, cotangents)
+
+
+def _mapped(outputs: Tensor, sources: Sequence[Any], cotangents: Tensor) -> Sequence[Tensor | None]:
+    # not by ``is_grads_batched``, an older vmap that does not know how to batch our operators
+    led: list[bool] = []
+
+    def back(one: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
+        led[:] = [gradient is not None for gradient in found]
+        return [gradient for gradient in found if gradient is not None]
+
+    found = iter(torch.func.vmap(back)(cotangents))
+    return [next(found) if leads else None for leads in led]
 
 
 def _one_by_one(

@@ -1,0 +1,154 @@
+#include "linear_layer/kernels.hpp"
+
+#include "common/shuffle.hpp"
+#include "common/simd.hpp"
+
+namespace jacpot::JACPOT_ISA {
+namespace {
+
+template <class T>
+struct LinearLayer {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  static constexpr int width = V::width;
+  // Tiles of accumulators that leave registers, of 32 or 16, for what they are made of.
+  static constexpr bool many = JACPOT_VECTOR_BYTES == 64;
+  static constexpr int examples = many ? 4 : 2, outputs = many ? 6 : 4;
+  static constexpr int signals = many ? 8 : 4, vectors = 3;
+  static constexpr int panel_width = vectors * width;
+
+  static JACPOT_INLINE Vec load_part(const T* p, std::int64_t left) {
+    if (left >= width) return V::load(p);
+    return left > 0 ? V::load_first(p, left) : V::zero();
+  }
+  static JACPOT_INLINE void store_part(T* p, Vec v, std::int64_t left) {
+    if (left >= width)
+      V::store(p, v);
+    else if (left > 0)
+      V::store_first(p, v, left);
+  }
+
+  static void pack(const T* x, std::int64_t stride, std::int64_t n, std::int64_t inputs,
+                   T* packed) {
+    for (std::int64_t tile = 0; tile < n; tile += examples)
+      for (std::int64_t i = 0; i < inputs; i += width)
+        for (std::int64_t e = tile; e < tile + examples; ++e, packed += width)
+          V::store(packed, e < n ? load_part(x + e * stride + i, inputs - i) : V::zero());
+  }
+
+  static void dots(const T* packed, std::int64_t n, std::int64_t inputs, const T* w,
+                   std::int64_t w_stride, std::int64_t count, const T* bias, T* y,
+                   std::int64_t y_stride) {
+    const T* row[outputs];  // those beyond the last repeat it
+    for (int o = 0; o < outputs; ++o) row[o] = w + (o < count ? o : count - 1) * w_stride;
+    for (std::int64_t tile = 0; tile < n; tile += examples) {
+      Vec acc[examples][outputs];
+#pragma GCC unroll 4
+      for (int e = 0; e < examples; ++e)
+#pragma GCC unroll 6
+        for (int o = 0; o < outputs; ++o) acc[e][o] = V::zero();
+      const auto step = [&](const Vec(&b)[outputs]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int e = 0; e < examples; ++e, packed += width) {
+          const Vec a = V::load(packed);
+#pragma GCC unroll 6
+          for (int o = 0; o < outputs; ++o) acc[e][o] = V::fma(a, b[o], acc[e][o]);
+        }
+      };
+      std::int64_t i = 0;
+      for (; i + width <= inputs; i += width) {
+        Vec b[outputs];
+#pragma GCC unroll 6
+        for (int o = 0; o < outputs; ++o) b[o] = V::load(row[o] + i);
+        step(b);
+      }
+      if (i < inputs) {
+        Vec b[outputs];
+#pragma GCC unroll 6
+        for (int o = 0; o < outputs; ++o) b[o] = V::load_first(row[o] + i, inputs - i);
+        step(b);
+      }
+#pragma GCC unroll 4
+      for (int e = 0; e < examples; ++e)
+#pragma GCC unroll 6
+        for (int o = 0; o < outputs; ++o)
+          if (tile + e < n && o < count)
+            y[(tile + e) * y_stride + o] = Shuffle<T>::sum(acc[e][o]) + (bias ? bias[o] : T(0));
+    }
+  }
+
+  static bool copy(const T* w, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                   T* panel) {
+    Vec difference = V::zero();
+    for (std::int64_t o = 0; o < rows; ++o, w += stride)
+#pragma GCC unroll 3
+      for (int j = 0; j < vectors; ++j, panel += width) {
+        const Vec v = load_part(w + j * width, columns - j * width);
+        difference += v - v;  // inf - inf is nan
+        V::store(panel, v);
+      }
+    return Shuffle<T>::sum(difference) == 0;
+  }
+
+  template <int R>
+  static void add_tile(const std::int32_t* rows, const T* values, std::int64_t count,
+                       std::int64_t k, const T* panel, std::int64_t columns, bool first, T* out,
+                       std::int64_t stride) {
+    Vec acc[R][vectors];
+#pragma GCC unroll 8
+    for (int q = 0; q < R; ++q)
+#pragma GCC unroll 3
+      for (int j = 0; j < vectors; ++j)
+        acc[q][j] =
+            first ? V::zero() : load_part(out + q * stride + j * width, columns - j * width);
+    for (std::int64_t c = 0; c < count; ++c, values += k) {
+      const T* w = panel + rows[c] * static_cast<std::int64_t>(panel_width);
+      Vec a[vectors];
+#pragma GCC unroll 3
+      for (int j = 0; j < vectors; ++j) a[j] = V::load(w + j * width);
+#pragma GCC unroll 8
+      for (int q = 0; q < R; ++q) {
+        const Vec b = V::broadcast(values[q]);
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; ++j) acc[q][j] = V::fma(b, a[j], acc[q][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < R; ++q)
+#pragma GCC unroll 3
+      for (int j = 0; j < vectors; ++j)
+        store_part(out + q * stride + j * width, acc[q][j], columns - j * width);
+  }
+
+  template <int R, class... Rest>
+  static void add_tile_of(std::int64_t size, Rest... rest) {
+    if (size == R)
+      add_tile<R>(rest...);
+    else if constexpr (R > 1)
+      add_tile_of<R - 1>(size, rest...);
+  }
+
+  static void add_rows(const std::int32_t* rows, const T* values, std::int64_t count,
+                       std::int64_t k, const T* panel, std::int64_t columns, bool first, T* out,
+                       std::int64_t stride) {
+    const std::int64_t parts = (k + signals - 1) / signals;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::int64_t q = part * k / parts, size = (part + 1) * k / parts - q;
+      add_tile_of<signals>(size, rows, values + q, count, k, panel, columns, first,
+                           out + q * stride, stride);
+    }
+  }
+
+  static constexpr LinearLayerKernels<T> kernels() {
+    return {width, examples, &pack, outputs, &dots, panel_width, &copy, &add_rows};
+  }
+};
+
+constexpr LinearLayerTable linear_layer_table{LinearLayer<float>::kernels(),
+                                              LinearLayer<double>::kernels()};
+
+}  // namespace
+
+const LinearLayerTable& table(const LinearLayerTable*) { return linear_layer_table; }
+
+}  // namespace jacpot::JACPOT_ISA
