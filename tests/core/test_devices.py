@@ -136,14 +136,14 @@ def test_arguments_on_two_devices_are_refused(gpu):
     with pytest.raises(ValueError, match="'x0' must be on cuda:0 like 'rhs', got cpu"):
         jacpot.solve(matrix.to(gpu), values[:4].to(gpu), x0=values[:4], method="cg")
     a, s = torch.ones(2, 1, 1, 3), torch.ones(2, 1, 1, 1, 4)
-    with pytest.raises(ValueError, match="signals must be on cuda:0 like activations, got cpu"):
+    with pytest.raises(ValueError, match="'signals' must be on cuda:0 like 'activations', got cpu"):
         ops.Factors(a.to(gpu), s)
     block = ops.Factors(a.to(gpu), s.to(gpu))
-    with pytest.raises(ValueError, match=r"vectors\[0\] must be on cuda:0 like the blocks, got cp"):
+    with pytest.raises(ValueError, match=r"'vectors\[0\]' must be on cuda:0 like the blocks, got"):
         ops.jvp([block], [torch.ones(12)])
-    with pytest.raises(ValueError, match="u must be on cuda:0 like the blocks, got cpu"):
+    with pytest.raises(ValueError, match="'u' must be on cuda:0 like the blocks, got cpu"):
         ops.vjp([block], torch.ones(2, 1))
-    with pytest.raises(ValueError, match="out must be on cuda:0 like left, got cpu"):
+    with pytest.raises(ValueError, match="'out' must be on cuda:0 like 'left', got cpu"):
         ops.gram([block], out=torch.ones(2, 1, 2, 1))
 
 
