@@ -15,6 +15,7 @@ The peers:
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from harness import Report, max_error, on_gpu, parser, set_up
+from harness import Report, max_error, on_gpu, parser, peak_above, set_up
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -183,6 +184,17 @@ def by_masked_rows(module: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> Te
     return (dense @ dense.T).view(n, k, n, k)
 
 
+def peak_memory(case: str) -> float:
+    """The peak while the kernel under a mask is computed for the first time, over its size."""
+    make, shape, outputs = CASES[case]
+    module, x = make(), torch.randn(*shape)
+    masks = masked_module(module, 0.1)
+    jacpot.ntk(module, x[:20], mask=masks, outputs=outputs)  # code and threads
+    kernel = []
+    peak = peak_above(lambda: kernel.append(jacpot.ntk(module, x, mask=masks, outputs=outputs)))
+    return peak * 2**20 / kernel[0].nbytes
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "mlp-200": (lambda: mlp(784, 300, 100, 10), (200, 784), "full"),
     "mlp-1000": (lambda: mlp(784, 300, 100, 10), (1000, 784), "full"),
@@ -210,6 +222,9 @@ def run(report: Report, case: str, options: object) -> None:
             },
             max_rounds=options.rounds,
         )
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as fresh:
+            print(f"{case}: peak memory is {fresh.apply(peak_memory, (case,)):.3f} of the kernel's")
         ours = functools.partial(jacpot.ntk, module, x, mask=masks)
         if options.slow:
             peer = functools.partial(by_masked_rows, module, x, masks)

@@ -14,7 +14,7 @@ import multiprocessing
 from pathlib import Path
 
 import torch
-from harness import Report, max_error, on_gpu, parser, set_up
+from harness import Report, max_error, on_gpu, parser, resident, set_up
 from torch import nn
 from torch.nn import functional
 
@@ -83,12 +83,6 @@ def inference_of(module: nn.Module, x: torch.Tensor):
             return module(x)
 
     return infer
-
-
-def resident(field: str) -> float:
-    """Give a field of this process' memory, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def peak_memory(name: str, zeros: float, batch: int, sizes: list[int], answer) -> None:

@@ -37,6 +37,8 @@ __all__ = [
     "max_error",
     "on_gpu",
     "parser",
+    "peak_above",
+    "resident",
     "set_up",
     "wall_clock",
 ]
@@ -154,6 +156,21 @@ def max_error(actual: Any, expected: Any) -> float:
             scale = b.abs().max().item() or 1.0
             worst = max(worst, (a.to(b.dtype) - b).abs().max().item() / scale)
     return worst
+
+
+def resident(field: str) -> float:
+    """Give a field of this process' memory, ``VmRSS`` or ``VmHWM``, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def peak_above(call: Callable[[], Any]) -> float:
+    """Run a call once; the peak of this process' memory above what it held before, in MiB."""
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    call()
+    return resident("VmHWM") - before
 
 
 def environment() -> dict[str, Any]:

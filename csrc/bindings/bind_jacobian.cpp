@@ -1,4 +1,8 @@
 #include <algorithm>
+#include <functional>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "bindings/bind.hpp"
 #include "bindings/jacobian_factors.hpp"
@@ -21,72 +25,97 @@ GramOutputs outputs_named(const std::string& name) {
                         "'");
 }
 
-// layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left and
-// right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
-void gram_of_factors(const py::list& layers, const std::string& outputs, py::handle out,
-                     int threads) {
-  const GramOutputs wanted = outputs_named(outputs);
-  const Array result(out, "out", Access::write);
-  result.expect_cpu().expect_contiguous();
-  dispatch_float(result, [&]<class T>() {
-    std::vector<GramLayer<T>> list;
-    std::vector<Array> alive;
-    std::int64_t n = 0, m = 0, k = 0;
-    bool symmetric = true;
-    for (const py::handle item : layers) {
-      const auto entry = item.cast<py::tuple>();
-      const Factors left(entry[0].cast<py::tuple>());
-      symmetric = entry[1].is_none();
-      const Factors right = symmetric ? left : Factors(entry[1].cast<py::tuple>());
-      left.activations.expect_like(result);
-      right.activations.expect_like(result);
-      const std::int64_t groups = left.activations.shape(2), units = left.signals.shape(4);
-      n = left.activations.shape(0);
-      m = right.activations.shape(0);
-      k = left.signals.shape(1);
-      right.signals.expect_shape({m, k, left.activations.shape(1), groups, units});
-      right.activations.expect_shape({m, Array::any, groups, left.activations.shape(3)});
-      GramLayer<T> layer;
-      layer.positions = left.activations.shape(1);
-      layer.inputs = left.activations.shape(3);
-      layer.outputs = units;
-      layer.bias = entry[4].cast<bool>();
-      const std::int64_t* offsets = nullptr;
-      if (!entry[2].is_none()) {
-        const Array row_offsets(entry[2], "row_offsets"), columns(entry[3], "columns");
-        offsets = row_offsets.expect_shape({groups * units + 1}).contiguous_data<std::int64_t>();
-        layer.columns = columns.contiguous_data<std::int32_t>();
-        alive.push_back(row_offsets);
-        alive.push_back(columns);
+// The fused Gram matrix of layers that are given as factors. They are packed when this is made, and
+// not needed any more when it runs.
+class PackedFactors {
+ public:
+  // layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left
+  // and right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
+  PackedFactors(const py::list& layers, const std::string& outputs, py::handle out, int threads)
+      : threads_(checked_threads(threads)) {
+    const Array result(out, "out", Access::write);
+    result.expect_cpu().expect_contiguous();
+    dispatch_float(result, [&]<class T>() {
+      GramProblem<T> problem{};
+      std::vector<Array> factors;  // alive until packed
+      problem.symmetric = true;
+      problem.outputs = outputs_named(outputs);
+      problem.out = static_cast<T*>(result.data());
+      for (const py::handle item : layers)
+        read_layer(item.cast<py::tuple>(), result, factors, problem);
+      switch (problem.outputs) {
+        case GramOutputs::full:
+          result.expect_shape({problem.n, problem.k, problem.m, problem.k});
+          break;
+        case GramOutputs::trace:
+          result.expect_shape({problem.n, problem.m});
+          break;
+        case GramOutputs::diagonal:
+          result.expect_shape({problem.n, problem.m, problem.k});
+          break;
       }
-      alive.insert(alive.end(), {left.activations, left.signals, right.activations, right.signals});
-      for (std::int64_t g = 0; g < groups; ++g) {
-        layer.left = left.group<T>(g);
-        layer.right = right.group<T>(g);
-        layer.row_offsets = offsets ? offsets + g * units : nullptr;
-        list.push_back(layer);
+      auto packed = std::make_shared<PackedGram<T>>();
+      Status status;
+      {
+        py::gil_scoped_release release;
+        status = packed->pack(problem, threads_);
       }
-    }
-    switch (wanted) {
-      case GramOutputs::full:
-        result.expect_shape({n, k, m, k});
-        break;
-      case GramOutputs::trace:
-        result.expect_shape({n, m});
-        break;
-      case GramOutputs::diagonal:
-        result.expect_shape({n, m, k});
-        break;
-    }
+      raise_if_failed(status, "gram");
+      run_ = [packed](int count) { return packed->run(count); };
+    });
+    kept_.push_back(result);
+  }
+
+  void run() {
     Status status;
     {
       py::gil_scoped_release release;
-      status = gram<T>(list, symmetric, n, m, k, wanted, static_cast<T*>(result.data()),
-                       checked_threads(threads));
+      status = run_(threads_);
     }
     raise_if_failed(status, "gram");
-  });
-}
+  }
+
+ private:
+  template <class T>
+  void read_layer(const py::tuple& entry, const Array& result, std::vector<Array>& factors,
+                  GramProblem<T>& problem) {
+    const Factors left(entry[0].cast<py::tuple>());
+    problem.symmetric = entry[1].is_none();
+    const Factors right = problem.symmetric ? left : Factors(entry[1].cast<py::tuple>());
+    left.activations.expect_like(result);
+    right.activations.expect_like(result);
+    const std::int64_t groups = left.activations.shape(2), units = left.signals.shape(4);
+    problem.n = left.activations.shape(0);
+    problem.m = right.activations.shape(0);
+    problem.k = left.signals.shape(1);
+    right.signals.expect_shape({problem.m, problem.k, left.activations.shape(1), groups, units});
+    right.activations.expect_shape({problem.m, Array::any, groups, left.activations.shape(3)});
+    GramLayer<T> layer;
+    layer.positions = left.activations.shape(1);
+    layer.inputs = left.activations.shape(3);
+    layer.outputs = units;
+    layer.bias = entry[4].cast<bool>();
+    const std::int64_t* offsets = nullptr;
+    if (!entry[2].is_none()) {
+      const Array row_offsets(entry[2], "row_offsets"), columns(entry[3], "columns");
+      offsets = row_offsets.expect_shape({groups * units + 1}).contiguous_data<std::int64_t>();
+      layer.columns = columns.contiguous_data<std::int32_t>();
+      kept_.insert(kept_.end(), {row_offsets, columns});
+    }
+    factors.insert(factors.end(),
+                   {left.activations, left.signals, right.activations, right.signals});
+    for (std::int64_t g = 0; g < groups; ++g) {
+      layer.left = left.group<T>(g);
+      layer.right = right.group<T>(g);
+      layer.row_offsets = offsets ? offsets + g * units : nullptr;
+      problem.layers.push_back(layer);
+    }
+  }
+
+  int threads_;
+  std::vector<Array> kept_;  // what `run` reads and writes
+  std::function<Status(int)> run_;
+};
 
 // out (n, m) += left (n, p) · right (m, p)ᵀ; without a right one, the upper triangle of left ·
 // leftᵀ.
@@ -298,6 +327,14 @@ void prefer_huge_pages(py::handle out) {
   });
 }
 
+// Hands memory that was freed back to the system, where the allocator of the C library keeps it.
+void return_free_memory() {
+#if defined(__GLIBC__)
+  py::gil_scoped_release release;
+  malloc_trim(0);
+#endif
+}
+
 // out (n, n): the part below the diagonal becomes that above.
 void mirror(py::handle out, int threads) {
   const Array result(out, "out", Access::write);
@@ -319,8 +356,12 @@ void mirror(py::handle out, int threads) {
 }  // namespace
 
 void bind_jacobian(py::module_& m) {
-  m.def("jacobian_gram", &gram_of_factors, py::arg("layers"), py::arg("outputs"), py::arg("out"),
-        py::arg("threads"), "The fused Gram matrix of layers that are given as factors.");
+  py::class_<PackedFactors>(m, "JacobianGram",
+                            "The fused Gram matrix of layers that are given as factors, packed.")
+      .def(py::init<const py::list&, const std::string&, py::handle, int>(), py::arg("layers"),
+           py::arg("outputs"), py::arg("out"), py::arg("threads"))
+      .def("run", &PackedFactors::run,
+           "Computes it, once; the factors need not be there any more.");
   m.def("jacobian_add_row_products", &row_products, py::arg("left"), py::arg("right"),
         py::arg("out"), py::arg("threads"), "Adds the products of rows that are given.");
   m.def("jacobian_mirror", &mirror, py::arg("out"), py::arg("threads"),
@@ -341,6 +382,8 @@ void bind_jacobian(py::module_& m) {
         "Adds rows times a sparse matrix of random signs.");
   m.def("jacobian_windows", &gather_windows, py::arg("x"), py::arg("places"), py::arg("offsets"),
         py::arg("out"), py::arg("threads"), "Copies what a convolution's kernel is laid on.");
+  m.def("return_free_memory", &return_free_memory,
+        "Hands memory that was freed back to the system.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("out"),
         "Asks for huge pages under an array that is about to be written.");
   m.def("jacobian_signs", &random_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),

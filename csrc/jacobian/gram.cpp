@@ -6,7 +6,6 @@
 
 #include "common/blas.hpp"
 #include "common/parallel.hpp"
-#include "common/scratch.hpp"
 #include "jacobian/huge_pages.hpp"
 
 namespace jacpot {
@@ -54,39 +53,26 @@ void constant_products(const GramLayer<T>& layer, const GramFactors<T>& right, s
     }
 }
 
+// Copies the factors of one side into groups.
 template <class T>
-class Packer {
- public:
-  Packer(const GramKernels<T>& kernels, std::int64_t examples, std::int64_t k, std::int64_t slices,
-         std::int64_t slice, bool trace)
-      : kernels_(kernels),
-        examples_(examples),
-        k_(k),
-        slices_(slices),
-        slice_(slice),
-        trace_(trace),
-        groups_(ceil_div(examples, kernels.panel)) {}
+struct Packer {
+  const GramKernels<T>& kernel;
+  const GramPlan<T>& plan;
+  std::int64_t examples, k;
+  bool trace;
+  const std::vector<T*>& groups;
 
-  std::int64_t activations_size(const GramLayer<T>& layer) const {
-    return groups_ * layer.positions * layer.inputs * kernels_.panel;
-  }
-  std::int64_t signals_size(const GramLayer<T>& layer) const {
-    return slices_ * groups_ * layer.positions * slice_ * inner(layer) * kernels_.panel;
-  }
-  std::int64_t inner(const GramLayer<T>& layer) const { return layer.outputs * (trace_ ? k_ : 1); }
-  std::int64_t tasks(bool constant) const { return groups_ * (1 + (constant ? 0 : slices_)); }
-
-  // One group's activations, or the signals of one slice of its outputs.
-  void run(const GramLayer<T>& layer, const GramFactors<T>& side, T* activations, T* signals,
-           std::int64_t task) const {
-    const std::int64_t group = task % groups_, slice = task / groups_ - 1;
-    const std::int64_t panel = kernels_.panel, first = group * panel;
-    const std::int64_t units = std::min(panel, examples_ - first) * layer.positions;
-    const std::int64_t outputs = slice < 0 || trace_ ? 1 : std::min(slice_, k_ - slice * slice_);
-    const std::int64_t width = slice < 0 ? layer.inputs : inner(layer);
-    const std::int64_t panels = layer.positions * (slice < 0 ? 1 : slice_);
-    T* dst = (slice < 0 ? activations : signals) +
-             ((slice < 0 ? 0 : slice * groups_) + group) * panels * width * panel;
+  // A group's activations, or the signals of one slice of its outputs.
+  void run(const PackedLayer<T>& layer, const GramFactors<T>& side, std::int64_t task) const {
+    const auto count = static_cast<std::int64_t>(groups.size());
+    const std::int64_t group = task % count, slice = task / count - 1;
+    const std::int64_t panel = kernel.panel, first = group * panel;
+    const std::int64_t units = std::min(panel, examples - first) * layer.positions;
+    const std::int64_t outputs =
+        slice < 0 || trace ? 1 : std::min(plan.slice, k - slice * plan.slice);
+    const std::int64_t width = slice < 0 ? layer.inputs : layer.inner;
+    T* dst = groups[static_cast<std::size_t>(group)] +
+             (slice < 0 ? layer.activations : layer.signals + slice * layer.signals_slice);
     const T* rows[64];
     for (std::int64_t start = 0; start < units * outputs; start += panel, dst += width * panel) {
       for (std::int64_t j = 0; j < panel; ++j) {
@@ -100,78 +86,75 @@ class Packer {
                     position * side.activations_position;
         else
           rows[j] = side.signals + example * side.signals_example +
-                    (slice * slice_ + output) * side.signals_output +
+                    (slice * plan.slice + output) * side.signals_output +
                     position * side.signals_position;
       }
-      if (slice < 0 || !trace_) {
-        kernels_.pack(rows, width, dst, panel);
+      if (slice < 0 || !trace) {
+        kernel.pack(rows, width, dst, panel);
         continue;
       }
-      for (std::int64_t j = 0; j < k_; ++j) {  // inner index (o, k): units of a mask lie together
-        kernels_.pack(rows, layer.outputs, dst + j * panel, k_ * panel);
+      for (std::int64_t j = 0; j < k; ++j) {  // inner index (o, k): units of a mask lie together
+        kernel.pack(rows, layer.outputs, dst + j * panel, k * panel);
         for (std::int64_t r = 0; r < panel; ++r)
           if (rows[r]) rows[r] += side.signals_output;
       }
     }
   }
-
- private:
-  const GramKernels<T>& kernels_;
-  std::int64_t examples_, k_, slices_, slice_;
-  bool trace_;
-  std::int64_t groups_;
 };
 
+// Tiles whose rows are late, or all others. Of those that end in late rows if mirrored, the
+// mirrored half has to wait.
 template <class T>
-std::vector<GramTile> tiles_of(const GramPlan<T>& plan, std::int64_t panel, GramOutputs outputs) {
+std::vector<GramTile> tiles_of(const GramPlan<T>& plan, std::int64_t panel, GramOutputs outputs,
+                               std::int64_t late, bool are_late) {
   std::vector<GramTile> tiles;
   const bool full = outputs == GramOutputs::full;
-  for (std::int64_t j = 0; j < plan.right_groups; ++j)
-    for (std::int64_t i = 0; i < (plan.symmetric ? j + 1 : plan.left_groups); ++i)
+  const std::int64_t left_groups = ceil_div(plan.n, panel), right_groups = ceil_div(plan.m, panel);
+  for (std::int64_t j = 0; j < right_groups; ++j)
+    for (std::int64_t i = are_late ? late : 0;
+         i < std::min(plan.symmetric ? j + 1 : left_groups, are_late ? left_groups : late); ++i)
       for (std::int64_t first = 0; first < std::min(panel, plan.n - i * panel); first += plan.chunk)
         for (std::int64_t p = 0; p < plan.slices; p += plan.pairs)
           for (std::int64_t q = full ? 0 : p; q < (full ? plan.slices : p + 1); ++q)
-            tiles.push_back({i, first, j, p, q, std::min(plan.pairs, plan.slices - p)});
+            tiles.push_back({i, first, j, p, q, std::min(plan.pairs, plan.slices - p),
+                             plan.symmetric && (are_late || j < late)});
   return tiles;
 }
 
 }  // namespace
 
 template <class T>
-Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_t n, std::int64_t m,
-            std::int64_t k, GramOutputs outputs, T* out, int threads) {
+Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
+  const std::vector<GramLayer<T>>& layers = problem.layers;
+  const std::int64_t n = problem.n, m = problem.m, k = problem.k;
+  const GramOutputs outputs = problem.outputs;
+  const bool symmetric = problem.symmetric;
   if (n == 0 || m == 0 || k == 0) return {};
-  const GramKernels<T>& kernel = kernels(static_cast<const T*>(nullptr));
-  const std::int64_t panel = kernel.panel;
+  kernel_ = &kernels(static_cast<const T*>(nullptr));
+  outputs_ = outputs;
+  const std::int64_t panel = kernel_->panel;
   const bool full = outputs == GramOutputs::full, trace = outputs == GramOutputs::trace;
 
-  GramPlan<T> plan{};
+  GramPlan<T>& plan = plan_;
   plan.symmetric = symmetric;
   plan.n = n;
   plan.m = m;
-  plan.left_groups = ceil_div(n, panel);
-  plan.right_groups = ceil_div(m, panel);
   plan.width = trace ? 1 : k;
   plan.slices = full ? ceil_div(k, gram_max_slice) : plan.width;
   plan.slice = full ? ceil_div(k, plan.slices) : 1;
   plan.slices = ceil_div(plan.width, plan.slice);
   plan.pairs = outputs == GramOutputs::diagonal ? std::min(plan.slices, gram_max_slice) : 1;
-  const std::int64_t block_bytes = kernel.block * plan.slice * panel * plan.slice * plan.pairs *
+  const std::int64_t block_bytes = kernel_->block * plan.slice * panel * plan.slice * plan.pairs *
                                    static_cast<std::int64_t>(sizeof(T));
-  plan.chunk =
-      std::clamp(tile_bytes / block_bytes, std::int64_t{1}, panel / kernel.block) * kernel.block;
+  plan.chunk = std::clamp(tile_bytes / block_bytes, std::int64_t{1}, panel / kernel_->block) *
+               kernel_->block;
   plan.row_example = full ? k * m * k : trace ? m : m * k;
   plan.row_output = full ? m * k : 1;
   plan.column_example = trace ? 1 : k;
   plan.column_output = full ? 1 : 0;
-  plan.out = out;
+  plan.out = problem.out;
 
-  std::vector<PackedLayer<T>> packed_layers;
-  std::vector<Scratch<T>> memory;
-  auto room = [&](std::int64_t size) -> T* {
-    memory.push_back(allocate_scratch<T>(size));
-    return memory.back().get();
-  };
+  std::int64_t size = 0;  // of a group
   for (const GramLayer<T>& layer : layers) {
     const GramFactors<T>& right = symmetric ? layer.left : layer.right;
     const bool constant = layer.positions == 1 && !layer.row_offsets &&
@@ -181,47 +164,99 @@ Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_
     packed.positions = layer.positions;
     packed.inputs = layer.inputs;
     packed.outputs = layer.outputs;
+    packed.inner = layer.outputs * (trace ? k : 1);
     packed.row_offsets = layer.row_offsets;
     packed.columns = layer.columns;
     packed.bias = layer.bias;
+    packed.activations = size;
+    size += layer.positions * layer.inputs * panel;
     if (constant) {
       T* products = room(plan.width * plan.width);
       if (!products) return no_memory;
       constant_products(layer, right, k, trace, products);
       packed.constant = products;
+    } else {
+      packed.signals = size;
+      packed.signals_slice = layer.positions * plan.slice * packed.inner * panel;
+      size += plan.slices * packed.signals_slice;
     }
-    for (const bool is_left : {true, false}) {
-      if (!is_left && symmetric) break;
-      const Packer<T> packer(kernel, is_left ? n : m, k, plan.slices, plan.slice, trace);
-      packed.inner = packer.inner(layer);
-      T* activations = room(packer.activations_size(layer));
-      T* signals = room(constant ? 0 : packer.signals_size(layer));
-      if (!activations || !signals) return no_memory;
-      const GramFactors<T>& side = is_left ? layer.left : right;
-      parallel_for(threads, packer.tasks(constant),
-                   [&](std::int64_t task) { packer.run(layer, side, activations, signals, task); });
-      (is_left ? packed.left : packed.right) = {activations, signals};
-    }
-    if (symmetric) packed.right = packed.left;
-    packed_layers.push_back(packed);
+    layers_.push_back(packed);
   }
-  plan.layers = packed_layers.data();
-  plan.n_layers = static_cast<std::int64_t>(packed_layers.size());
+  plan.layers = layers_.data();
+  plan.n_layers = static_cast<std::int64_t>(layers_.size());
 
-  const std::vector<GramTile> tiles = tiles_of(plan, panel, outputs);
-  const std::int64_t workers =
-      std::min<std::int64_t>(threads, static_cast<std::int64_t>(tiles.size()));
-  const std::int64_t each = ceil_div(kernel.scratch(plan), 64) * 64;
-  T* scratch = room(each * workers);
+  advise_huge_pages(plan.out, static_cast<std::size_t>(n * plan.row_example) * sizeof(T));
+  if (!place_groups(size)) return no_memory;
+  for (const bool is_left : {true, false}) {
+    if (!is_left && symmetric) break;
+    const std::vector<T*>& groups = is_left ? left_ : right_;
+    const Packer<T> packer{*kernel_, plan, is_left ? n : m, k, trace, groups};
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const std::int64_t parts = 1 + (layers_[i].constant ? 0 : plan.slices);
+      parallel_for(threads, parts * static_cast<std::int64_t>(groups.size()),
+                   [&, i](std::int64_t task) {
+                     packer.run(layers_[i], is_left ? layers[i].left : layers[i].right, task);
+                   });
+    }
+  }
+  return {};
+}
+
+template <class T>
+T* PackedGram<T>::room(std::int64_t size) {
+  memory_.push_back(allocate_scratch<T>(size));
+  return memory_.back().get();
+}
+
+// Late rows of a full kernel are not written before all else is done, and then in part copied from
+// what is above the diagonal: the packed groups of the other rows need no memory besides. The fewer
+// late rows, the less is read again to be mirrored.
+template <class T>
+bool PackedGram<T>::place_groups(std::int64_t size) {
+  const std::int64_t panel = kernel_->panel, n = ceil_div(plan_.n, panel);
+  constexpr auto line = static_cast<std::int64_t>(scratch_alignment / sizeof(T));
+  late_ = n;
+  if (plan_.symmetric && outputs_ == GramOutputs::full)
+    for (std::int64_t late = n - 1; late_ == n && late >= ceil_div(n, 2); --late)
+      if (late * size + line <= (plan_.n - late * panel) * plan_.row_example) late_ = late;
+  const std::int64_t held = late_ < n ? late_ : 0;
+  T* begin = plan_.out + held * panel * plan_.row_example;
+  begin += line - 1 - (reinterpret_cast<std::uintptr_t>(begin) / sizeof(T) + line - 1) % line;
+  const auto place = [&](std::vector<T*>& groups, std::int64_t count, std::int64_t first) {
+    T* own = room((count - first) * size);
+    for (std::int64_t i = 0; own && i < count; ++i)
+      groups.push_back(i < first ? begin + i * size : own + (i - first) * size);
+    return own != nullptr;
+  };
+  if (!place(left_, n, held)) return false;
+  if (!plan_.symmetric && !place(right_, ceil_div(plan_.m, panel), 0)) return false;
+  plan_.left = left_.data();
+  plan_.right = plan_.symmetric ? plan_.left : right_.data();
+  return true;
+}
+
+template <class T>
+Status PackedGram<T>::run(int threads) {
+  if (!kernel_) return {};
+  const std::int64_t each = ceil_div(kernel_->scratch(plan_), 64) * 64;
+  T* scratch = room(each * threads);
   if (!scratch) return no_memory;
-  advise_huge_pages(out, static_cast<std::size_t>(full    ? n * k * m * k
-                                                  : trace ? n * m
-                                                          : n * m * k) *
-                             sizeof(T));
-  std::atomic<std::size_t> next{0};
-  parallel_for(threads, workers, [&](std::int64_t worker) {
-    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();)
-      kernel.tile(plan, tiles[i], scratch + worker * each);
+  for (const bool are_late : {false, true}) {
+    const auto tiles = tiles_of(plan_, kernel_->panel, outputs_, late_, are_late);
+    std::atomic<std::size_t> next{0};
+    parallel_for(threads, threads, [&](std::int64_t worker) {
+      for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();)
+        kernel_->tile(plan_, tiles[i], scratch + worker * each);
+    });
+  }
+  // The rest of the late rows, from the late columns.
+  constexpr std::int64_t strip = 64;
+  const std::int64_t size = plan_.n * plan_.width, late = late_ * kernel_->panel * plan_.width;
+  parallel_for(threads, late < size ? ceil_div(late, strip) : 0, [&](std::int64_t task) {
+    const std::int64_t row = task * strip, rows = std::min(strip, late - row);
+    for (std::int64_t column = late; column < size; column += strip)
+      kernel_->transpose(plan_.out + row * size + column, size, rows,
+                         std::min(strip, size - column), plan_.out + column * size + row, size);
   });
   return {};
 }
@@ -262,9 +297,7 @@ template Status add_row_products<float>(bool, std::int64_t, std::int64_t, std::i
                                         const float*, const float*, float*, int);
 template Status add_row_products<double>(bool, std::int64_t, std::int64_t, std::int64_t,
                                          const double*, const double*, double*, int);
-template Status gram<float>(const std::vector<GramLayer<float>>&, bool, std::int64_t, std::int64_t,
-                            std::int64_t, GramOutputs, float*, int);
-template Status gram<double>(const std::vector<GramLayer<double>>&, bool, std::int64_t,
-                             std::int64_t, std::int64_t, GramOutputs, double*, int);
+template class PackedGram<float>;
+template class PackedGram<double>;
 
 }  // namespace jacpot

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/isa.hpp"
+#include "common/scratch.hpp"
 #include "common/status.hpp"
 
 namespace jacpot {
@@ -46,8 +47,13 @@ struct GramLayer {
 // out: full (N, K, M, K), trace (N, M), diagonal (N, M, K), contiguous. A symmetric product has
 // M == N, computes one half and is exactly symmetric.
 template <class T>
-Status gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_t n, std::int64_t m,
-            std::int64_t k, GramOutputs outputs, T* out, int threads);
+struct GramProblem {
+  std::vector<GramLayer<T>> layers;
+  bool symmetric;
+  std::int64_t n, m, k;
+  GramOutputs outputs;
+  T* out;
+};
 
 // out (n, m) += left (n, p) · right (m, p)ᵀ, for rows that are given. Symmetric: right is left, and
 // what lies below the diagonal is left unspecified.
@@ -59,16 +65,12 @@ Status add_row_products(bool symmetric, std::int64_t n, std::int64_t m, std::int
 //
 // Both sides are packed in the same way. Examples come in groups of `panel`; the rows (example,
 // position, output) of a group in panels of `panel` rows, stored inner index by inner index, so
-// that a panel gives a kernel its rows (broadcast) as well as its columns (vectors).
-template <class T>
-struct PackedSide {
-  const T* activations = nullptr;  // [group][panel][inputs][panel]
-  const T* signals = nullptr;      // [slice][group][panel][inner][panel]
-};
-
+// that a panel gives a kernel its rows (broadcast) as well as its columns (vectors). A group holds
+// for each layer its activations [panel][inputs][panel] and signals [slice][panel][inner][panel].
 template <class T>
 struct PackedLayer {
-  PackedSide<T> left, right;
+  std::int64_t activations, signals;  // where they begin in a group
+  std::int64_t signals_slice;         // elements of one slice
   std::int64_t positions, inputs, outputs;
   std::int64_t inner;  // of the signals: outputs, or outputs · K for the trace
   const std::int64_t* row_offsets;
@@ -82,12 +84,12 @@ struct GramPlan {
   const PackedLayer<T>* layers;
   std::int64_t n_layers;
   bool symmetric;
-  std::int64_t n, m;  // examples
-  std::int64_t left_groups, right_groups;
-  std::int64_t slices, slice;  // outputs are cut into slices of at most this many
-  std::int64_t width;          // outputs in all slices; 1 for the trace
-  std::int64_t chunk;          // examples in the rows of a tile
-  std::int64_t pairs;          // slices that a tile of the diagonal does at once; else 1
+  std::int64_t n, m;                    // examples
+  const T *const *left, *const *right;  // groups
+  std::int64_t slices, slice;           // outputs are cut into slices of at most this many
+  std::int64_t width;                   // outputs in all slices; 1 for the trace
+  std::int64_t chunk;                   // examples in the rows of a tile
+  std::int64_t pairs;                   // slices that a tile of the diagonal does at once; else 1
   std::int64_t row_example, row_output, column_example, column_output;  // strides of out
   T* out;
 };
@@ -95,6 +97,7 @@ struct GramPlan {
 struct GramTile {
   std::int64_t group, first, columns;  // row group, first example in it, column group
   std::int64_t left_slice, right_slice, pairs;
+  bool mirrored;  // write the transpose as well
 };
 
 template <class T>
@@ -104,6 +107,9 @@ struct GramKernels {
   void (*pack)(const T* const* rows, std::int64_t inner, T* dst, std::int64_t stride);
   std::int64_t (*scratch)(const GramPlan<T>& plan);  // elements that a tile needs
   void (*tile)(const GramPlan<T>& plan, const GramTile& tile, T* scratch);
+  // to (columns, rows) = from (rows, columns) transposed
+  void (*transpose)(const T* from, std::int64_t from_stride, std::int64_t rows,
+                    std::int64_t columns, T* to, std::int64_t to_stride);
 };
 
 struct GramTable {
@@ -111,5 +117,26 @@ struct GramTable {
   GramKernels<double> f64;
 };
 JACPOT_DISPATCH_TABLE(GramTable)
+
+// The product in two steps, so that the factors, which only packing reads, can be dropped between
+// them, before all of the result takes memory.
+template <class T>
+class PackedGram {
+ public:
+  Status pack(const GramProblem<T>& problem, int threads);
+  Status run(int threads);
+
+ private:
+  T* room(std::int64_t size);
+  bool place_groups(std::int64_t size);
+
+  const GramKernels<T>* kernel_ = nullptr;
+  GramPlan<T> plan_{};
+  GramOutputs outputs_ = GramOutputs::full;
+  std::vector<PackedLayer<T>> layers_;
+  std::vector<Scratch<T>> memory_;
+  std::vector<T*> left_, right_;
+  std::int64_t late_ = 0;  // rows of groups from here on hold the groups before, to be written last
+};
 
 }  // namespace jacpot

@@ -111,10 +111,9 @@ struct Gram {
   };
 
   Signals signals(const PackedLayer<T>& layer, std::int64_t pair, std::int64_t unit_panel) const {
-    const std::int64_t group = layer.positions * plan.slice * layer.inner * panel;
-    return {layer.left.signals + ((tile.left_slice + pair) * plan.left_groups + tile.group) * group,
-            layer.right.signals +
-                ((tile.right_slice + pair) * plan.right_groups + tile.columns) * group +
+    return {plan.left[tile.group] + layer.signals + (tile.left_slice + pair) * layer.signals_slice,
+            plan.right[tile.columns] + layer.signals +
+                (tile.right_slice + pair) * layer.signals_slice +
                 unit_panel * column_slice * layer.inner * panel,
             layer.inner};
   }
@@ -154,16 +153,34 @@ struct Gram {
       }
   }
 
+  // Output units, of those that are held, whose signals in a row are not all zero: about half of
+  // them where a ReLU follows.
+  struct Active {
+    std::int64_t count;
+    std::int32_t unit[unit_block];
+  };
+  Active find_active(const T* left, std::int64_t n) const {
+    Active active{0, {}};
+    for (std::int64_t u = 0; u < n; ++u) {
+      bool any = false;
+      for (std::int64_t k = 0; k < row_slice; ++k) any |= left[u * block * row_slice + k] != 0;
+      active.unit[active.count] = static_cast<std::int32_t>(u);
+      active.count += any;
+    }
+    return active;
+  }
+
   // z[(unit, k)] += Σ_u δ_right[u] ⊙ a_u[unit] · δ_left[unit, k, u] for `K` outputs of one unit.
   template <int K>
-  void add_units(const T* left, const T* right, std::int64_t n, std::int64_t row,
+  void add_units(const T* left, const T* right, const Active& active, std::int64_t row,
                  const std::int64_t* offset, const T (*index)[width], T* out) const {
     Vec acc[K][vectors], order[vectors];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 3
       for (int j = 0; j < vectors; ++j) acc[k][j] = V::zero();
-    for (std::int64_t u = 0; u < n; ++u) {
+    for (std::int64_t i = 0; i < active.count; ++i) {
+      const std::int64_t u = active.unit[i];
       const T* a = units + (u * block + row) * panel;
 #pragma GCC unroll 3
       for (int j = 0; j < vectors; ++j)
@@ -186,13 +203,14 @@ struct Gram {
   }
 
   template <int K>
-  JACPOT_INLINE void add_units_of(std::int64_t count, const T* left, const T* right, std::int64_t n,
-                                  std::int64_t row, const std::int64_t* offset,
-                                  const T (*index)[width], T* out) const {
+  JACPOT_INLINE void add_units_of(std::int64_t count, const T* left, const T* right,
+                                  const Active& active, std::int64_t row,
+                                  const std::int64_t* offset, const T (*index)[width],
+                                  T* out) const {
     if (count == K)
-      add_units<K>(left, right, n, row, offset, index, out);
+      add_units<K>(left, right, active, row, offset, index, out);
     else if constexpr (K > 1)
-      add_units_of<K - 1>(count, left, right, n, row, offset, index, out);
+      add_units_of<K - 1>(count, left, right, active, row, offset, index, out);
   }
 
   void multiply_activations(const PackedLayer<T>& layer, const T* left, const T* right,
@@ -201,7 +219,7 @@ struct Gram {
     for (std::int64_t e = layer.row_offsets[unit]; e < layer.row_offsets[unit + 1]; ++e)
       acc.add(left + layer.columns[e] * static_cast<std::int64_t>(panel),
               right + layer.columns[e] * static_cast<std::int64_t>(panel));
-    acc.store(out, 0);
+    acc.store(out, layer.bias ? 1 : 0);
   }
 
   // A masked layer, several outputs: products of kept activations for some units, then a small
@@ -220,6 +238,9 @@ struct Gram {
             unit_signals[u * block * row_slice + row + r] =
                 s.row(p.unit * row_slice + row)[(first + u) * panel + r];
       }
+      Active active[block];
+      for (std::int64_t r = 0; r < p.count; ++r)
+        active[r] = find_active(unit_signals + r * row_slice, n);
       for (std::int64_t q = p.skip; q < p.panels; ++q) {
         std::int64_t offset[vectors];
         T index[vectors][width];
@@ -233,40 +254,34 @@ struct Gram {
           const std::int64_t example = (p.unit + r) / layer.positions - tile.first;
           for (std::int64_t k = 0; k < row_slice; k += part)
             add_units_of<block>(min(part, row_slice - k), unit_signals + r * row_slice + k,
-                                s.right + (q * s.inner + first) * panel, n, r, offset, index,
-                                p.out + (example * row_slice + k) * stride + q * panel);
+                                s.right + (q * s.inner + first) * panel, active[r], r, offset,
+                                index, p.out + (example * row_slice + k) * stride + q * panel);
         }
       }
     }
   }
 
   void add_block(const PackedLayer<T>& layer, const Place& p, std::int64_t unit_panel) {
-    const std::int64_t group = layer.positions * layer.inputs * panel;
-    const T* left = layer.left.activations + tile.group * group +
+    const T* left = plan.left[tile.group] + layer.activations +
                     p.unit / panel * layer.inputs * panel + p.unit % panel;
     const T* right =
-        layer.right.activations + tile.columns * group + unit_panel * layer.inputs * panel;
+        plan.right[tile.columns] + layer.activations + unit_panel * layer.inputs * panel;
     const bool single = row_slice == 1 && column_slice == 1;
     find_lines(p.unit, p.count, layer.positions);
     if (layer.row_offsets) {
-      if (!single) {
-        add_masked(layer, signals(layer, 0, unit_panel), p, left, right);
-      } else {
-        const std::int64_t inner = layer.inner / layer.outputs;
-        for (std::int64_t u = 0; u < layer.outputs; ++u) {
-          multiply_activations(layer, left, right, u, products);
-          for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
-            add_products(signals(layer, pair, unit_panel), p, products,
-                         p.out + pair * size_of_z(plan), u * inner, (u + 1) * inner);
-        }
+      if (!single) return add_masked(layer, signals(layer, 0, unit_panel), p, left, right);
+      const std::int64_t inner = layer.inner / layer.outputs;
+      for (std::int64_t u = 0; u < layer.outputs; ++u) {
+        multiply_activations(layer, left, right, u, products);
+        for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
+          add_products(signals(layer, pair, unit_panel), p, products,
+                       p.out + pair * size_of_z(plan), u * inner, (u + 1) * inner);
       }
-      if (!layer.bias) return;
-      for (int i = 0; i < block * panel; ++i) products[i] = 1;
-    } else {
-      Accumulator acc;
-      acc.add(left, right, layer.inputs);
-      acc.store(products, layer.bias ? 1 : 0);
+      return;
     }
+    Accumulator acc;
+    acc.add(left, right, layer.inputs);
+    acc.store(products, layer.bias ? 1 : 0);
     const T* a = products;
     if (column_slice > 1) {
       spread_columns(products);
@@ -355,7 +370,7 @@ struct Gram {
           p.out + n * p.row_example + k * p.row_output + m * p.column_example + l * p.column_output,
           from, stride, rows, row_slice, p.row_example, p.row_output, direct, columns, column_slice,
           p.column_example, p.column_output);
-      if (!p.symmetric) continue;
+      if (!tile.mirrored) continue;
       const std::int64_t mirrored = diagonal ? (above ? tile.first : tile.first + rows) : 0;
       const std::int64_t flip_stride = p.chunk * p.slice + width;
       transpose(from, stride, rows * row_slice, columns * column_slice, flipped, flip_stride);
@@ -378,8 +393,13 @@ struct Gram {
     Gram(plan, tile, memory).run();
   }
 
+  static void turn(const T* from, std::int64_t from_stride, std::int64_t n, std::int64_t m, T* to,
+                   std::int64_t to_stride) {
+    transpose(from, from_stride, n, m, to, to_stride);
+  }
+
   static constexpr GramKernels<T> kernels() {
-    return {panel, block, &Panels<T>::pack, &scratch, &run_tile};
+    return {panel, block, &Panels<T>::pack, &scratch, &run_tile, &turn};
   }
 };
 

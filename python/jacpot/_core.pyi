@@ -12,6 +12,7 @@ import typing_extensions
 __all__: list[str] = [
     "CallbackOperator",
     "DenseOperator",
+    "JacobianGram",
     "JacobianOperator",
     "Operator",
     "build_info",
@@ -23,7 +24,6 @@ __all__: list[str] = [
     "force_isa",
     "jacobian_add_row_products",
     "jacobian_convolution_rows",
-    "jacobian_gram",
     "jacobian_jvp",
     "jacobian_mirror",
     "jacobian_rows",
@@ -39,6 +39,7 @@ __all__: list[str] = [
     "masked_matmul",
     "masked_matmul_backward",
     "prefer_huge_pages",
+    "return_free_memory",
     "set_blas_fallback",
     "subset_sum",
     "subset_sum_max_samples",
@@ -81,6 +82,22 @@ class CallbackOperator(Operator):
         roundoff_working: typing.SupportsFloat | typing.SupportsIndex,
         roundoff_full: typing.SupportsFloat | typing.SupportsIndex,
     ) -> None: ...
+
+class JacobianGram:
+    """
+    The fused Gram matrix of layers that are given as factors, packed.
+    """
+    def __init__(
+        self,
+        layers: list,
+        outputs: str,
+        out: typing.Any,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def run(self) -> None:
+        """
+        Computes it, once; the factors need not be there any more.
+        """
 
 class JacobianOperator(Operator):
     """
@@ -154,13 +171,6 @@ def jacobian_convolution_rows(
 ) -> None:
     """
     Writes the rows of a convolution with a kernel of 3 x 3.
-    """
-
-def jacobian_gram(
-    layers: list, outputs: str, out: typing.Any, threads: typing.SupportsInt | typing.SupportsIndex
-) -> None:
-    """
-    The fused Gram matrix of layers that are given as factors.
     """
 
 def jacobian_jvp(
@@ -326,6 +336,11 @@ def masked_matmul_backward(
 def prefer_huge_pages(out: typing.Any) -> None:
     """
     Asks for huge pages under an array that is about to be written.
+    """
+
+def return_free_memory() -> None:
+    """
+    Hands memory that was freed back to the system.
     """
 
 def set_blas_fallback(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from functools import partial
 
 import numpy
@@ -192,6 +193,7 @@ def test_gram_of_many_examples_is_what_rows_give():
         (70, 1, 1, 300, 5),
         (19, 2, 13, 20, 17),
         (3, 33, 1, 4, 9),
+        (110, 18, 1, 5, 6),
     ]:
         a = torch.randn(n, t, 1, i, generator=generator, dtype=torch.float64)
         s = torch.randn(n, k, t, 1, o, generator=generator, dtype=torch.float64)
@@ -202,6 +204,40 @@ def test_gram_of_many_examples_is_what_rows_give():
                 with isa(name):
                     actual = ops.gram([ops.Factors(a, s, bias=True)], outputs=outputs)
                 assert_close(actual, expected, torch.float64)
+                if outputs == "full":
+                    assert torch.equal(actual, actual.permute(2, 3, 0, 1))
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+def test_gram_of_masked_layers_with_dead_units(each_isa, outputs):
+    """As ReLUs make them: units without a signal for some examples, or for any."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(70, 1, 1, 30, generator=generator, dtype=torch.float64)
+    s = torch.randn(70, 10, 1, 1, 90, generator=generator, dtype=torch.float64)
+    s *= torch.rand(70, 1, 1, 1, 90, generator=generator) < 0.5
+    s[..., 7] = 0
+    mask = torch.rand(90, 30, generator=generator) < 0.2
+    mask[11] = False
+    for bias in (False, True):
+        jacobian = reference.rows(a, s, mask, bias)
+        actual = ops.gram([ops.Factors(a, s, Kept(mask), bias)], outputs=outputs)
+        assert_close(actual, reference.gram(jacobian, jacobian, outputs), torch.float64)
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+def test_prepared_gram_holds_no_factors(outputs):
+    torch.manual_seed(0)
+    mask = torch.rand(4, 5) < 0.5
+    blocks = [
+        ops.Factors(torch.randn(9, 1, 1, 5), torch.randn(9, 2, 1, 1, 4), kept, bias=True)
+        for kept in (None, Kept(mask))
+    ]
+    expected = ops.gram(blocks, outputs=outputs)
+    factors = [weakref.ref(f) for b in blocks for f in (b.activations, b.signals)]
+    finish = jacobian_gram.prepared(blocks, outputs=outputs)
+    del blocks
+    assert not any(f() is not None for f in factors)
+    assert torch.equal(finish(), expected)
 
 
 @pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,7 +16,15 @@ from jacpot.ops.arrays import as_kind, as_output
 from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_kernels import kernels
 
-__all__ = ["Outputs", "Precision", "Rows", "check_precision", "gram", "pairwise_is_cheaper"]
+__all__ = [
+    "Outputs",
+    "Precision",
+    "Rows",
+    "check_precision",
+    "gram",
+    "pairwise_is_cheaper",
+    "prepared",
+]
 
 Outputs: TypeAlias = Literal["full", "trace", "diagonal"]
 Precision: TypeAlias = Literal["exact", "3xtf32", "tf32"]
@@ -80,6 +89,38 @@ def gram(
     tensor([[25.,  3.],
             [ 3.,  1.]])
     """
+    return prepared(left, right, outputs, out, precision)()
+
+
+def prepared(
+    left: Sequence[Block],
+    right: Sequence[Block] | None = None,
+    outputs: Outputs = "full",
+    out: Any | None = None,
+    precision: Precision = "exact",
+) -> Callable[[], Any]:
+    """Begin a Gram matrix; what is given back finishes it, once.
+
+    Factors on the CPU are packed here, and not held by what is given back: a caller that drops them
+    before the result is written saves their memory.
+
+    Parameters
+    ----------
+    left, right, outputs, out, precision
+        As in :func:`gram`, which is this and the call of what it gives back.
+
+    Returns
+    -------
+    callable
+        Gives the result of :func:`gram`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> finish = prepared([Rows(torch.tensor([[[3.0, 4.0]]]))], outputs="trace")
+    >>> finish()
+    tensor([[25.]])
+    """
     check_precision(precision)
     n, k, dtype = check_blocks(left, "left")
     symmetric = right is None
@@ -130,22 +171,27 @@ def gram(
             fused.append((a.strided, pair, *a.layout, a.bias))
         else:
             generated.append((a, b))
+    run: Callable[[], object] = result.zero_
     if fused and _backend.on_cuda(result):
-        jacobian_cuda.jacobian_gram(fused, outputs, result, threads(), precision)
+        run = partial(jacobian_cuda.jacobian_gram, fused, outputs, result, threads(), precision)
     elif fused:
-        _backend.core.jacobian_gram(fused, outputs, result, threads())
-    else:
-        result.zero_()
-    for a, b in generated:
-        _add_rows(result, a, b, outputs, symmetric)
-    if symmetric and generated:  # BLAS need not round the two triangles alike
-        if outputs == "diagonal":
-            upper = result.permute(2, 0, 1).triu()
-            result.copy_((upper + upper.triu(1).transpose(1, 2)).permute(1, 2, 0))
-        else:
-            rows = n * k if outputs == "full" else n
-            kernels(result).jacobian_mirror(result.view(rows, rows), threads())
-    return as_kind(result, left[0].kind) if out is None else out
+        run = _backend.core.JacobianGram(fused, outputs, result, threads()).run
+    kind = left[0].kind if out is None else None
+
+    def finish() -> Any:
+        run()
+        for a, b in generated:
+            _add_rows(result, a, b, outputs, symmetric)
+        if symmetric and generated:  # BLAS need not round the two triangles alike
+            if outputs == "diagonal":
+                upper = result.permute(2, 0, 1).triu()
+                result.copy_((upper + upper.triu(1).transpose(1, 2)).permute(1, 2, 0))
+            else:
+                rows = n * k if outputs == "full" else n
+                kernels(result).jacobian_mirror(result.view(rows, rows), threads())
+        return out if kind is None else as_kind(result, kind)
+
+    return finish
 
 
 def _same_weights(left: Factors, right: Factors) -> bool:

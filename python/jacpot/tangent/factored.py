@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import scipy.sparse.linalg
@@ -14,6 +14,7 @@ from jacpot._backend import empty
 from jacpot.linalg import LinearOperator
 from jacpot.ops import jacobian as kernels
 from jacpot.ops.jacobian import Block, Outputs, Precision, SketchKind
+from jacpot.ops.jacobian_gram import prepared
 from jacpot.tangent.assemble import Columns
 from jacpot.tangent.operators import JacobianOperator, OrderedOperator
 from jacpot.tangent.pieces import Piece, in_common, pieces, same_layout, stacked
@@ -214,6 +215,18 @@ class Jacobian:
         -----
         Jacot, Gabriel & Hongler 2018, "Neural tangent kernel".
         """
+        return self.prepared_gram(other, outputs, precision)()
+
+    def prepared_gram(
+        self,
+        other: Jacobian | None = None,
+        outputs: Outputs = "full",
+        precision: Precision = "exact",
+    ) -> Callable[[], Tensor]:
+        """Begin :meth:`gram`; what is given back finishes it, and holds no factors of the CPU's.
+
+        Where memory is short, both Jacobians can be dropped before the kernel is written.
+        """
         if other is not None and not isinstance(other, Jacobian):
             raise TypeError(f"argument 'other' must be a Jacobian, got {type(other).__name__}")
         left, right = self.blocks, None if other is None else other.blocks
@@ -221,7 +234,7 @@ class Jacobian:
             left, right = in_common(self._pieces(), other._pieces())
         left = left or [self._nothing()]
         right = None if right is None or other is None else right or [other._nothing()]
-        return kernels.gram(left, right, outputs, precision=precision)  # type: ignore[no-any-return]
+        return prepared(left, right, outputs, precision=precision)
 
     def _matches(self, other: Jacobian) -> bool:
         """Whether the blocks of another, of the same parameters, match one for one."""

@@ -11,6 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from jacpot._backend import core
 from jacpot.ops.jacobian import Outputs, Precision
 from jacpot.ops.jacobian_gram import check_precision
 from jacpot.tangent.jacobian import Jacobian, JacobianSource, Wrt
@@ -20,6 +21,8 @@ from jacpot.tangent.offload import IN_FLIGHT
 from jacpot.tangent.target import Place, Target, leaves_gpu
 
 __all__ = ["ntk"]
+
+LARGE_BYTES = 64 << 20  # of a kernel, whose factors' memory is then returned to the system
 
 
 def ntk(
@@ -108,8 +111,14 @@ def ntk(
     sides = 1 if x2 is None else 2
     step = batch_size or _batch_size(source, x1, max(n, m), per_pair * blocks, memory_budget, sides)
     if out is None and step >= max(n, m):
-        left = source(x1)
-        return left.gram(None if x2 is None else source(x2), outputs, precision)
+        left, right = source(x1), None if x2 is None else source(x2)
+        finish = left.prepared_gram(right, outputs, precision)
+        to_write = n * m * per_pair * source.dtype.itemsize
+        worth_it = LARGE_BYTES < to_write < 16 * left.nbytes
+        del source, left, right  # nothing of them is needed while the kernel is written
+        if worth_it:
+            core.return_free_memory()
+        return finish()
 
     target = Target(out, shape, source.dtype, source.network.device)
     header: dict[str, object] = {"batch_size": step}
