@@ -183,40 +183,87 @@ void vjp_of_factors(const py::tuple& pair, py::handle row_offsets, py::handle co
   });
 }
 
+template <class T>
+void set_signals(RowsLayer<T>& layer, const Array& s) {
+  layer.n = s.shape(0);
+  layer.k = s.shape(1);
+  layer.positions = s.shape(2);
+  layer.groups = s.shape(3);
+  layer.outputs = s.shape(4);
+  layer.signals = static_cast<const T*>(s.data());
+  layer.signals_example = s.stride(0);
+  layer.signals_output = s.stride(1);
+  layer.signals_position = s.stride(2);
+  layer.signals_group = s.stride(3);
+  layer.signals_unit = s.stride(4);
+}
+
 // out (N, K, P_all), columns [offset, offset + G·O·I) = the rows of a layer, all weights kept
+template <class T>
+void write_rows(const RowsLayer<T>& layer, const Array& out, std::int64_t offset, int threads) {
+  T* to = out.expect_shape({layer.n, layer.k, Array::any}).template contiguous_data<T>();
+  const std::int64_t width = out.shape(2);
+  if (offset < 0 || offset + layer.groups * layer.outputs * layer.inputs > width)
+    throw py::value_error("argument 'offset' must leave room for the layer's columns");
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = generate_rows<T>(layer, to + offset, width, checked_threads(threads));
+  }
+  raise_if_failed(status, "rows");
+}
+
 void rows_of_factors(const py::tuple& pair, py::handle out, std::int64_t offset, int threads) {
   const Factors f(pair, true);
   const Array result(out, "out", Access::write);
   result.expect_cpu().expect_like(f.activations);
   dispatch_float(result, [&]<class T>() {
-    const Array &a = f.activations, &s = f.signals;
-    const RowsLayer<T> layer{s.shape(0),
-                             s.shape(1),
-                             s.shape(2),
-                             s.shape(3),
-                             s.shape(4),
-                             a.shape(3),
-                             static_cast<const T*>(a.data()),
-                             a.stride(0),
-                             a.stride(1),
-                             a.stride(2),
-                             static_cast<const T*>(s.data()),
-                             s.stride(0),
-                             s.stride(1),
-                             s.stride(2),
-                             s.stride(3),
-                             s.stride(4)};
-    result.expect_shape({layer.n, layer.k, Array::any});
-    T* to = result.contiguous_data<T>();
-    const std::int64_t width = result.shape(2);
-    if (offset < 0 || offset + layer.groups * layer.outputs * layer.inputs > width)
-      throw py::value_error("argument 'offset' must leave room for the layer's columns");
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = generate_rows<T>(layer, to + offset, width, checked_threads(threads));
-    }
-    raise_if_failed(status, "rows");
+    const Array& a = f.activations;
+    RowsLayer<T> layer{};
+    set_signals(layer, f.signals);
+    layer.inputs = a.shape(3);
+    layer.activations = static_cast<const T*>(a.data());
+    layer.activations_example = a.stride(0);
+    layer.activations_position = a.stride(1);
+    layer.activations_group = a.stride(2);
+    write_rows(layer, result, offset, threads);
+  });
+}
+
+// The same from windows of x (N, C, ...): runs of `run` elements, the r-th of position t at
+// places[t] + runs[r] in a group's channels.
+void rows_of_windows(py::handle x, py::handle places, py::handle runs, std::int64_t run,
+                     py::handle signals, py::handle out, std::int64_t offset, int threads) {
+  const Array result(out, "out", Access::write), from(x, "x"), where(places, "places"),
+      starts(runs, "runs"), s(signals, "signals");
+  result.expect_cpu();
+  from.expect_like(result).expect_contiguous();
+  s.expect_like(result).expect_shape(
+      {from.shape(0), Array::any, where.shape(0), Array::any, Array::any});
+  if (s.shape(2) > 1 && s.stride(2) != 1) Factors::expect_unit_stride(s, 4);
+  const std::int64_t* at = where.expect_shape({s.shape(2)}).contiguous_data<std::int64_t>();
+  const std::int64_t* in = starts.expect_shape({Array::any}).contiguous_data<std::int64_t>();
+  const std::int64_t t = where.shape(0), count = starts.shape(0), groups = s.shape(3);
+  std::int64_t size = 1;
+  for (int d = 1; d < from.ndim(); ++d) size *= from.shape(d);
+  if (groups == 0 || from.shape(1) % groups != 0)
+    throw py::value_error("argument 'x' must have as many channels for every group");
+  if (run < 1 ||
+      (t > 0 && count > 0 &&
+       (*std::min_element(at, at + t) + *std::min_element(in, in + count) < 0 ||
+        *std::max_element(at, at + t) + *std::max_element(in, in + count) + run > size / groups)))
+    throw py::value_error("arguments 'places' and 'runs' must lie in a group's channels of 'x'");
+  dispatch_float(result, [&]<class T>() {
+    RowsLayer<T> layer{};
+    set_signals(layer, s);
+    layer.inputs = count * run;
+    layer.activations = static_cast<const T*>(from.data());
+    layer.activations_example = size;
+    layer.activations_group = size / groups;
+    layer.places = at;
+    layer.runs = in;
+    layer.run = run;
+    write_rows(layer, result, offset, threads);
   });
 }
 
@@ -374,6 +421,9 @@ void bind_jacobian(py::module_& m) {
         py::arg("threads"), "The product of a layer's transposed Jacobian with vectors.");
   m.def("jacobian_rows", &rows_of_factors, py::arg("factors"), py::arg("out"), py::arg("offset"),
         py::arg("threads"), "Writes the rows of a layer.");
+  m.def("jacobian_window_rows", &rows_of_windows, py::arg("x"), py::arg("places"), py::arg("runs"),
+        py::arg("run"), py::arg("signals"), py::arg("out"), py::arg("offset"), py::arg("threads"),
+        "Writes the rows of a convolution.");
   m.def("jacobian_convolution_rows", &rows_of_convolution, py::arg("activations"),
         py::arg("signals"), py::arg("out"), py::arg("threads"),
         "Writes the rows of a convolution with a kernel of 3 x 3.");

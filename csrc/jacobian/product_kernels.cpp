@@ -256,14 +256,11 @@ struct Products {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
       for (int j = 0; j < Vectors; ++j) {
-        if (columns >= (j + 1) * width) {
-          V::store(out + r * out_step + j * width, acc[r][j]);
-        } else {
-          T lanes[width];
-          V::store(lanes, acc[r][j]);
-          for (std::int64_t i = 0; i + j * width < columns; ++i)
-            out[r * out_step + j * width + i] = lanes[i];
-        }
+        T* to = out + r * out_step + j * width;
+        if (const std::int64_t left = columns - j * width; left >= width)
+          V::store(to, acc[r][j]);
+        else
+          V::store_first(to, acc[r][j], left);
       }
   }
 
@@ -283,27 +280,32 @@ struct Products {
 
   static void sum_outer(const T* signal, std::int64_t signal_step, std::int64_t outputs,
                         const T* activation, std::int64_t activation_step, std::int64_t inputs,
-                        std::int64_t positions, T* out, T* scratch) {
+                        std::int64_t positions, T* out, std::int64_t out_step) {
     constexpr int rows = JACPOT_VECTOR_BYTES == 64 ? 8 : 4;
-    std::int64_t i = 0;
-    for (; i + 3 * width <= inputs; i += 3 * width)
-      sum_rows<rows, 3>(signal, signal_step, outputs, activation + i, activation_step, positions,
-                        out + i, inputs, 3 * width);
-    const std::int64_t left = inputs - i;
-    if (left == 0) return;
-    const std::int64_t padded = (left + width - 1) / width * width;
-    for (std::int64_t t = 0; t < positions; ++t)
-      for (std::int64_t c = 0; c < padded; ++c)
-        scratch[t * padded + c] = c < left ? activation[t * activation_step + i + c] : T(0);
-    const auto tile = padded == width       ? &sum_rows<rows, 1>
-                      : padded == 2 * width ? &sum_rows<rows, 2>
+    for (std::int64_t i = 0; i < inputs; i += 3 * width) {
+      const std::int64_t left = inputs - i;
+      const auto tile = left <= width       ? &sum_rows<rows, 1>
+                        : left <= 2 * width ? &sum_rows<rows, 2>
                                             : &sum_rows<rows, 3>;
-    tile(signal, signal_step, outputs, scratch, padded, positions, out + i, inputs, left);
+      tile(signal, signal_step, outputs, activation + i, activation_step, positions, out + i,
+           out_step, left);
+    }
+  }
+
+  static void gather(const T* from, const std::int64_t* runs, std::int64_t count, std::int64_t run,
+                     T* to) {
+    V::store(to + (count * run - 1) / width * width, V::zero());
+    for (std::int64_t r = 0; r < count; ++r, to += run) {
+      const T* first = from + runs[r];
+      std::int64_t x = 0;
+      for (; x + width <= run; x += width) V::store(to + x, V::load(first + x));
+      if (x < run) V::store(to + x, V::load_first(first + x, run - x));
+    }
   }
 
   static constexpr ProductKernels<T> kernels() {
-    return {forward * width, backward * width, &dot,      &combine,   &pack,
-            &multiply,       &sample,          3 * width, &sum_outer, &outer};
+    return {forward * width, backward * width, &dot,       &combine, &pack, &multiply, &sample,
+            width,           &gather,          &sum_outer, &outer};
   }
 };
 

@@ -13,6 +13,7 @@ namespace {
 
 constexpr Status no_memory{Code::out_of_memory, "not enough memory for the products"};
 constexpr std::int64_t chunk_bytes = 2 << 20;  // of what lies between the two halves of a product
+constexpr std::int64_t gathered_bytes = 256 << 10;  // of activations, half an L2 cache or less
 
 const ProductKernels<float>& kernels(const float*) {
   return active_table(static_cast<const ProductTable*>(nullptr)).f32;
@@ -270,36 +271,60 @@ Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int thr
 template <class T>
 Status generate_rows(const RowsLayer<T>& l, T* out, std::int64_t row_stride, int threads) {
   const auto& kernel = kernels(out);
-  const bool many = l.positions != 1;
+  const bool many = l.positions != 1 || l.places;
   const bool turned = many && l.signals_unit != 1 && l.outputs > 1;
-  const std::int64_t tail = many ? l.positions * kernel.tail : 0;
-  const std::int64_t scratch_size = tail + (turned ? l.positions * l.outputs : 0);
+  // Activations that are no whole vectors, or not written out, are gathered for all outputs of an
+  // example, as many runs at a time as stay in cache.
+  const bool gathered = many && (l.places || l.inputs % kernel.width != 0);
+  constexpr std::int64_t written = 0;
+  const std::int64_t* runs = l.places ? l.runs : &written;
+  const std::int64_t run = l.places ? l.run : l.inputs, count = run ? l.inputs / run : 0;
+  const std::int64_t bytes = l.positions * run * std::int64_t{sizeof(T)};
+  const std::int64_t at_once =
+      gathered && bytes ? std::clamp(gathered_bytes / bytes, std::int64_t{1}, count) : count;
+  const std::int64_t chunks = count ? (count + at_once - 1) / at_once : 0;
+  const std::int64_t padded = (at_once * run + kernel.width - 1) / kernel.width * kernel.width;
+  const std::int64_t held_size = gathered ? l.positions * padded + kernel.width : 0;
+  const std::int64_t scratch_size = held_size + (turned ? l.positions * l.outputs : 0);
   const Scratch<T> scratch = allocate_scratch<T>(scratch_size * threads);
   if (!scratch) return no_memory;
   advise_huge_pages(out, static_cast<std::size_t>(l.n * l.k * row_stride) * sizeof(T));
   std::atomic<std::int64_t> next{0};
   parallel_for(threads, threads, [&](std::int64_t worker) {
-    T* own = scratch.get() + worker * scratch_size;
-    for (std::int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < l.n * l.k;)
-      for (std::int64_t g = 0; g < l.groups; ++g) {
-        const std::int64_t example = row / l.k, output = row % l.k;
-        const T* signal = l.signals + example * l.signals_example + output * l.signals_output +
-                          g * l.signals_group;
-        const T* activation =
-            l.activations + example * l.activations_example + g * l.activations_group;
-        T* to = out + row * row_stride + g * l.outputs * l.inputs;
-        std::int64_t step = l.signals_position;
-        if (turned) {
-          kernel.pack(signal, l.signals_unit, l.outputs, l.positions, l.outputs, own + tail);
-          signal = own + tail;
-          step = l.outputs;
-        }
-        if (many)
-          kernel.sum_outer(signal, step, l.outputs, activation, l.activations_position, l.inputs,
-                           l.positions, to, own);
-        else
-          kernel.outer(signal, l.outputs, activation, l.inputs, to);
+    T* held = scratch.get() + worker * scratch_size;
+    std::int64_t holds = -1;
+    for (std::int64_t task;
+         (task = next.fetch_add(1, std::memory_order_relaxed)) < l.n * l.groups * chunks * l.k;) {
+      const std::int64_t source = task / l.k, output = task % l.k;
+      const std::int64_t first = source % chunks * at_once, own = std::min(at_once, count - first);
+      const std::int64_t g = source / chunks % l.groups, example = source / chunks / l.groups;
+      const T* activation =
+          l.activations + example * l.activations_example + g * l.activations_group;
+      const T* signal =
+          l.signals + example * l.signals_example + output * l.signals_output + g * l.signals_group;
+      T* to = out + (example * l.k + output) * row_stride + g * l.outputs * l.inputs + first * run;
+      if (!many) {
+        kernel.outer(signal, l.outputs, activation, l.inputs, to);
+        continue;
       }
+      std::int64_t activation_step = l.activations_position, signal_step = l.signals_position;
+      if (gathered && holds != source)
+        for (std::int64_t t = 0; t < l.positions; ++t)
+          kernel.gather(activation + (l.places ? l.places[t] : t * l.activations_position),
+                        runs + first, own, run, held + t * padded);
+      holds = source;
+      if (gathered) {
+        activation = held;
+        activation_step = padded;
+      }
+      if (turned) {
+        kernel.pack(signal, l.signals_unit, l.outputs, l.positions, l.outputs, held + held_size);
+        signal = held + held_size;
+        signal_step = l.outputs;
+      }
+      kernel.sum_outer(signal, signal_step, l.outputs, activation, activation_step, own * run,
+                       l.positions, to, l.inputs);
+    }
   });
   return {};
 }

@@ -44,6 +44,10 @@ struct RowsLayer {
   std::int64_t n, k, positions, groups, outputs, inputs;
   const T* activations;  // (N, T, G, I), innermost stride 1
   std::int64_t activations_example, activations_position, activations_group;
+  // Or the windows of a convolution, not written out: what position t sees comes in runs of
+  // `run` elements, the r-th at activations + places[t] + runs[r]. Null if they are written out.
+  const std::int64_t *places, *runs;
+  std::int64_t run;
   const T* signals;  // (N, K, T, G, O), stride 1 of units, or of positions as convolutions have it
   std::int64_t signals_example, signals_output, signals_position, signals_group, signals_unit;
 };
@@ -72,11 +76,15 @@ struct ProductKernels {
   // g[e] += ⟨w[:, o(e)], x[:, column(e)]⟩ from w and x packed with backward_block
   void (*sample)(const T* w, const T* x, const std::int64_t* offsets, const std::int32_t* columns,
                  std::int64_t outputs, T* g);
-  // out (outputs, inputs) = Σ_t δ_t ⊗ a_t; scratch of positions · tail elements
-  std::int64_t tail;
+  std::int64_t width;  // of a vector
+  // to = runs of elements after each other, then zeros up to a whole vector; up to a vector more
+  // is written
+  void (*gather)(const T* from, const std::int64_t* runs, std::int64_t count, std::int64_t run,
+                 T* to);
+  // out (outputs, inputs), rows `out_step` apart, = Σ_t δ_t ⊗ a_t of whole vectors of activations
   void (*sum_outer)(const T* signal, std::int64_t signal_step, std::int64_t outputs,
                     const T* activation, std::int64_t activation_step, std::int64_t inputs,
-                    std::int64_t positions, T* out, T* scratch);
+                    std::int64_t positions, T* out, std::int64_t out_step);
   // out (outputs, inputs) = δ ⊗ a
   void (*outer)(const T* signal, std::int64_t outputs, const T* activation, std::int64_t inputs,
                 T* out);

@@ -78,3 +78,52 @@ def test_rows(each_isa, always, problem):
     bound = {torch.float32: 2e-5, torch.float64: 5e-14}[x.dtype]
     scale = 1 + (expected.abs().max() if expected.numel() else 0)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=float(bound * scale))
+
+
+@st.composite
+def laid(draw):
+    """Windows of any geometry, with signals laid out in any order."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dims = draw(st.integers(1, 3))
+    kernel = tuple(draw(st.integers(1, 4)) for _ in range(dims - 1))
+    kernel = (*kernel, draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 19])))
+    stride, dilation = (tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(2))
+    sizes = [
+        d * (k - 1) + 1 + draw(st.integers(0, 5)) for k, d in zip(kernel, dilation, strict=True)
+    ]
+    n, k, g = draw(st.integers(0, 3)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    channels, o = g * draw(st.integers(1, 4)), draw(st.integers(1, 20))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    x = torch.randn(n, channels, *sizes, generator=generator, dtype=torch.float64)
+    seen = Windows(x.to(dtype), kernel, stride, dilation, g)
+    order = draw(st.permutations(range(5)))
+    shape = (n, k, seen.shape[1], g, o)
+    s = torch.randn([shape[axis] for axis in order], generator=generator, dtype=torch.float64)
+    return seen, s.to(dtype).permute([order.index(axis) for axis in range(5)])
+
+
+def check_plain_rows(seen, signals):
+    expected = reference.rows(seen.written().double(), signals.double())
+    n, k, p = expected.shape
+    out = torch.full((n, k, p + 5), 7, dtype=seen.x.dtype)
+    seen.write_rows(signals, out, 3)
+    assert (out[:, :, :3] == 7).all()
+    assert (out[:, :, p + 3 :] == 7).all()
+    bound = 4 * torch.finfo(out.dtype).eps * (1 + math.sqrt(seen.shape[1]))
+    scale = 1 + (expected.abs().max() if expected.numel() else 0)
+    found = out[:, :, 3 : p + 3].double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(bound * scale))
+
+
+@given(laid())
+def test_plain_rows(each_isa, problem):
+    check_plain_rows(*problem)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_plain_rows_of_more_places_than_stay_in_cache(each_isa, channels):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, 130, 131, generator=generator)
+    seen = Windows(x, (3, 5), (1, 1), (1, 1))
+    signals = torch.randn(2, 2, 1, 4, seen.shape[1], generator=generator).movedim(4, 2)
+    check_plain_rows(seen, signals)
