@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from jacpot.nn.worn import Masked
 from jacpot.ops.linear_layer import linear
 from jacpot.tangent.network import Inputs, Network
+from jacpot.tangent.pooling import max_pool2d
 from jacpot.tangent.rules import RULES, LayerRule
 from jacpot.tangent.rules.recurrent import unrolled
 
@@ -235,7 +236,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 # What computes the same as a function of torch, sooner.
-FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear}
+FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.max_pool2d: max_pool2d}
 
 # Functions of torch that are made of others, some of which have a rule.
 COMPOSITES: frozenset[Any] = frozenset([F.multi_head_attention_forward])
