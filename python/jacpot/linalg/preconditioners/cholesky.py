@@ -12,6 +12,8 @@ from jacpot.linalg.preconditioners.base import Preconditioner, Prepared
 
 __all__ = ["Cholesky"]
 
+PANEL = 64  # rows
+
 
 @dataclass(frozen=True)
 class Cholesky(Preconditioner):
@@ -40,7 +42,9 @@ class Cholesky(Preconditioner):
             return Prepared(None, "none (the diagonal is zero or not finite)")
         for dtype in (torch.float32, torch.float64):
             # Scaled to a diagonal near one, so that float32 neither over- nor underflows.
-            scaled = (matrix / scale).to(dtype)
+            scaled = torch.empty_like(matrix, dtype=dtype)
+            for i in range(0, len(matrix), PANEL):  # in pieces that stay in cache
+                scaled[i : i + PANEL] = matrix[i : i + PANEL] / scale
             scaled.diagonal().add_(damping / scale)
             factor, info = torch.linalg.cholesky_ex(scaled)
             if int(info) == 0:
@@ -59,7 +63,10 @@ class _Solve(LinearOperator):
         # A power of two for each column keeps float32 in range.
         size = power_of_two(x)
         narrow = (x / size).to(self.factor.dtype)
-        return torch.cholesky_solve(narrow, self.factor).double() * (size / self.scale)
+        # Not cholesky_solve, which copies the factor each time.
+        half = torch.linalg.solve_triangular(self.factor, narrow, upper=False)
+        whole: Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        return whole.double() * (size / self.scale)
 
     def _adjoint(self) -> LinearOperator:
         return self
