@@ -111,6 +111,10 @@ class Dense final : public Operator {
                           Accuracy accuracy) const override {
     return operator_->apply_transposed(x, y, count, accuracy);
   }
+  Status apply_both(const double* v, double alpha, double* u, double* w, double* spare,
+                    Accuracy accuracy) const override {
+    return operator_->apply_both(v, alpha, u, w, spare, accuracy);
+  }
 
  private:
   Array array_;
@@ -195,6 +199,19 @@ const char* outcome_name(krylov::Outcome outcome) {
   return "unknown";
 }
 
+// The norms of b's columns, and the largest size of an element in x's, NaN where there is one.
+void describe_columns(const double* b, std::int64_t rows, const double* x, std::int64_t columns,
+                      std::vector<double>& norms, std::vector<double>& largest) {
+  const std::size_t count = norms.size();
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::size_t c = 0; c < count; ++c, ++b) norms[c] += *b * *b;
+  for (double& norm : norms) norm = std::sqrt(norm);
+  for (std::int64_t i = 0; i < columns; ++i)
+    for (std::size_t c = 0; c < count; ++c, ++x)
+      if (const double size = std::abs(*x); !(size <= largest[c]) && !std::isnan(largest[c]))
+        largest[c] = size;
+}
+
 py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py::handle x,
                double damping, const Operator* inverse, double tolerance,
                std::int64_t max_iterations, int threads, py::object callback) {
@@ -219,15 +236,19 @@ py::dict solve(const std::string& method, const Operator& a, py::handle rhs, py:
       status = krylov::block_cg(a, damping, inverse, count, b_data, x_data, control,
                                 residual_norms.data(), &report);
     else if (method == "minres")
-      status = krylov::minres(a, damping, count, b_data, x_data, control, residual_norms.data(),
-                              &report);
+      status = krylov::minres(a, damping, inverse, count, b_data, x_data, control,
+                              residual_norms.data(), &report);
     else if (method == "lsmr")
-      status =
-          krylov::lsmr(a, damping, count, b_data, x_data, control, residual_norms.data(), &report);
+      status = krylov::lsmr(a, damping, inverse, count, b_data, x_data, control,
+                            residual_norms.data(), &report);
     else
       status = {Code::invalid_argument, "unknown method"};
   }
+  std::vector<double> rhs_norms(residual_norms.size(), 0.0), largest(residual_norms.size(), 0.0);
+  describe_columns(b_data, a.rows(), x_data, a.columns(), rhs_norms, largest);
   py::dict result;
+  result["rhs_norms"] = rhs_norms;
+  result["largest"] = largest;
   result["history"] = monitor.history();
   result["iterations"] = monitor.history().size();
   if (interrupted_by_keyboard()) {

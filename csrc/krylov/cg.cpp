@@ -229,7 +229,7 @@ class ConjugateGradients {
     std::vector<Column> verdict = column_;
     if (const Status status = replace_residual(); !status.ok()) return status;
     Outcome worst = Outcome::converged;
-    bool singular = false;
+    std::vector<std::size_t> suspects;  // of having a part of b outside the range
     for (std::size_t c = 0; c < column_.size(); ++c) {
       Column& column = verdict[c];
       column.norm_r = column_[c].norm_r;
@@ -242,21 +242,24 @@ class ConjugateGradients {
         column.outcome = Outcome::non_finite;
       else if (column.outcome == Outcome::converged)
         column.outcome = Outcome::stagnated;
-      singular |=
-          column.outcome == Outcome::stagnated || column.outcome == Outcome::iteration_limit;
+      if (column.outcome == Outcome::stagnated || column.outcome == Outcome::iteration_limit)
+        suspects.push_back(c);
       worst = std::max(worst, column.outcome);
     }
-    if (singular && !interrupted_) {
-      // A residual that the operator takes to zero is no rounding: b has a part outside the range.
-      if (const Status status = apply(r(), q(), Accuracy::full); !status.ok()) return status;
+    if (interrupted_) suspects.clear();
+    // A residual that the operator takes to zero is no rounding; mostly a working product can tell
+    // that it does not.
+    for (const Accuracy how : {Accuracy::working, Accuracy::full}) {
+      if (suspects.empty()) break;
+      if (const Status status = apply(r(), q(), how); !status.ok()) return status;
       sum(q(), q(), 0);
-      for (std::size_t c = 0; c < column_.size(); ++c)
-        if ((verdict[c].outcome == Outcome::stagnated ||
-             verdict[c].outcome == Outcome::iteration_limit) &&
-            std::sqrt(dot_[0][c]) <=
-                std::sqrt(a_.unit_roundoff(Accuracy::full)) * damped_norm() * verdict[c].norm_r)
-          worst = std::max(worst, Outcome::inconsistent);
+      const double share =
+          std::max(100 * a_.unit_roundoff(how), std::sqrt(a_.unit_roundoff(Accuracy::full)));
+      std::erase_if(suspects, [&](std::size_t c) {
+        return !(std::sqrt(dot_[0][c]) <= share * damped_norm() * verdict[c].norm_r);
+      });
     }
+    if (!suspects.empty()) worst = std::max(worst, Outcome::inconsistent);
     report_.outcome = interrupted_ && worst != Outcome::converged ? Outcome::interrupted : worst;
     return {};
   }

@@ -9,6 +9,7 @@
 #include "common/blas.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "krylov/row_kernels.hpp"
 #include "krylov/symmetric.hpp"
 #include "krylov/vector_kernels.hpp"
 
@@ -30,7 +31,7 @@ class Dense final : public Operator {
     return accuracy == Accuracy::full ? std::numeric_limits<double>::epsilon() / 2
                                       : std::numeric_limits<T>::epsilon() / 2;
   }
-  bool calls_out(std::int64_t count) const override { return !(symmetric_ && count == 1); }
+  bool calls_out(std::int64_t count) const override { return count != 1; }
   Status apply(const double* x, double* y, std::int64_t count, Accuracy accuracy) const override {
     return multiply(false, x, y, count, accuracy);
   }
@@ -38,11 +39,19 @@ class Dense final : public Operator {
                           Accuracy accuracy) const override {
     return multiply(true, x, y, count, accuracy);
   }
+  Status apply_both(const double* v, double alpha, double* u, double* w, double*,
+                    Accuracy accuracy) const override {
+    return accuracy == Accuracy::full ? pass<double>(v, alpha, u, u, w)
+                                      : pass<T>(v, alpha, u, u, w);
+  }
 
  private:
   Status multiply(bool transposed, const double* x, double* y, std::int64_t count,
                   Accuracy accuracy) const {
-    if (symmetric_ && count == 1) return accuracy == Accuracy::full ? all(x, y) : half(x, y);
+    if (count == 1) {
+      if (accuracy == Accuracy::working && symmetric_) return half(x, y);
+      return accuracy == Accuracy::full ? one<double>(transposed, x, y) : one<T>(transposed, x, y);
+    }
     if constexpr (std::is_same_v<T, double>)
       return gemm(transposed, x, y, count);
     else
@@ -56,7 +65,43 @@ class Dense final : public Operator {
                       count, T(0), y, count);
   }
   std::int64_t tasks() const {
-    return std::clamp<std::int64_t>(rows() * rows() / (1 << 16), 1, std::max(threads_, 1));
+    return std::clamp<std::int64_t>(rows() * columns() / (1 << 16), 1, std::max(threads_, 1));
+  }
+  // One vector, from all of the matrix, with arithmetic in S.
+  template <class S>
+  Status one(bool transposed, const double* x, double* y) const {
+    return transposed ? pass<S>(nullptr, -1, x, nullptr, y) : pass<S>(x, 0, nullptr, y, nullptr);
+  }
+  // In one pass over the matrix u = A·v - alpha·before, where there are v and `before`, and
+  // w = Aᵀ·u, where that is wanted. Each task has a band of rows, and a w of its own.
+  template <class S>
+  Status pass(const double* v, double alpha, const double* before, double* u, double* w) const {
+    const RowKernels<T, S>& kernel = row_kernels<S>();
+    const Staging<S>& stage = staging<S>();
+    const std::int64_t m = rows(), n = columns(), width = (n + 63) / 64 * 64;
+    const std::int64_t step = RowTable::block, blocks = (m + step - 1) / step;
+    const std::int64_t stride = matrix_.stride[0];
+    const auto buffer = allocate_scratch<S>(m + 64 + (tasks() + 1) * width);
+    if (!buffer) return no_memory;
+    S *x = buffer.get(), *sums = x + width, *y = sums + tasks() * width;
+    if (v) stage.load(n, 1, v, x);
+    before ? stage.load(m, -alpha, before, y) : std::fill(y, y + m, S(0));
+    parallel_for(threads_, tasks(), [&](std::int64_t task) {
+      S* sum = sums + task * width;
+      if (w) std::fill(sum, sum + n, S(0));
+      const std::int64_t end = blocks * (task + 1) / tasks();
+      for (std::int64_t i = blocks * task / tasks(); i < end; ++i) {
+        const std::int64_t row = i * step, height = std::min(step, m - row);
+        const T* a = matrix_.data + row * stride;
+        if (v) kernel.add(a, stride, height, n, x, y + row);
+        const bool last = row + 2 * step > m;
+        if (w)
+          kernel.add_transposed(a, stride, height, n, y + row, sum, last ? a : a + step * stride);
+      }
+    });
+    if (u) stage.add_up(m, 1, y, 0, u);
+    if (w) stage.add_up(n, tasks(), sums, width, w);
+    return {};
   }
   // One vector, from the upper half of the matrix; each task has a result of its own.
   Status half(const double* x, double* y) const {
@@ -68,16 +113,14 @@ class Dense final : public Operator {
     T* narrow = packed_ ? packed_->vectors.get() : own.get();
     if (!narrow) return no_memory;
     T* partial = narrow + size;
-    std::copy(x, x + n, narrow);
+    staging<T>().load(n, 1, x, narrow);
     std::fill(narrow + n, narrow + size, T(0));
     parallel_for(threads_, tasks(), [&](std::int64_t task) {
       T* out = partial + task * size;
       std::fill(out, out + size, T(0));
       packed_ ? add_bands(task, narrow, out) : add_strips(task, narrow, out);
     });
-    std::copy(partial, partial + n, y);
-    for (std::int64_t task = 1; task < tasks(); ++task)
-      for (std::int64_t i = 0; i < n; ++i) y[i] += partial[task * size + i];
+    staging<T>().add_up(n, tasks(), partial, size, y);
     downwards_ = !downwards_;
     return {};
   }
@@ -126,6 +169,24 @@ class Dense final : public Operator {
     else
       return table.double_precision;
   }
+  template <class S>
+  static const RowKernels<T, S>& row_kernels() {
+    const RowTable& table = active_table(static_cast<const RowTable*>(nullptr));
+    if constexpr (std::is_same_v<S, float>)
+      return table.single_precision;
+    else if constexpr (std::is_same_v<T, double>)
+      return table.double_precision;
+    else
+      return table.widened;
+  }
+  template <class S>
+  static const Staging<S>& staging() {
+    const VectorTable& table = active_table(static_cast<const VectorTable*>(nullptr));
+    if constexpr (std::is_same_v<S, float>)
+      return table.single_precision;
+    else
+      return table.double_precision;
+  }
   // The whole product in float32.
   Status narrowed(bool transposed, const double* x, double* y, std::int64_t count) const {
     const std::int64_t in = (transposed ? rows() : columns()) * count;
@@ -137,22 +198,6 @@ class Dense final : public Operator {
     const Status status = gemm(transposed, buffer.get(), narrow_y, count);
     std::copy(narrow_y, narrow_y + out, y);
     return status;
-  }
-  // One vector, from all of the matrix, with float64 arithmetic.
-  Status all(const double* x, double* y) const {
-    constexpr std::int64_t panel = 64;
-    const VectorTable& table = active_table(static_cast<const VectorTable*>(nullptr));
-    parallel_for(threads_, (rows() + panel - 1) / panel, [&](std::int64_t task) {
-      const std::int64_t end = std::min(rows(), (task + 1) * panel);
-      for (std::int64_t i = task * panel; i < end; ++i) {
-        const T* row = matrix_.data + i * matrix_.stride[0];
-        if constexpr (std::is_same_v<T, double>)
-          y[i] = table.dot(columns(), row, x);
-        else
-          y[i] = table.widened_dot(columns(), row, x);
-      }
-    });
-    return {};
   }
   // The float32 matrix with float64 arithmetic: panels of rows are converted while in cache.
   Status widened(bool transposed, const double* x, double* y, std::int64_t count) const {

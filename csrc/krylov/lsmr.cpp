@@ -2,6 +2,10 @@
 // Golub-Kahan bidiagonalisation, without squaring the condition number. Damping is an identity
 // stacked below A, so that a restart from the recomputed residual stays a problem of the same
 // kind; restarts are what carries a float32 operator to float64 residuals.
+//
+// A preconditioner M ≈ (AᵀA + damping·I)⁻¹ enters as the inner product of the right vectors
+// (Arioli & Orban 2013): p = Aᵀu - βp, v = Mp, α² = pᵀv. What is then small is ‖Aᵀr‖ in the norm of
+// M; the plain one is followed by the ratio that the two had at the last restart.
 #include <algorithm>
 #include <cmath>
 
@@ -12,8 +16,9 @@ namespace {
 
 class LeastSquares {
  public:
-  LeastSquares(const Operator& a, double damping, const Control& control)
+  LeastSquares(const Operator& a, double damping, const Operator* inverse, const Control& control)
       : a_(a),
+        inverse_(inverse),
         control_(control),
         root_(std::sqrt(damping)),
         below_(damping > 0 ? a.columns() : 0),
@@ -21,32 +26,33 @@ class LeastSquares {
         wide_{a.columns(), 1, control.threads} {}
 
   Status allocate() {
-    memory_ = allocate_scratch<double>(2 * tall_.size + 5 * wide_.size);
+    memory_ = allocate_scratch<double>(tall_.size + a_.rows() + 6 * wide_.size);
     partial_ = allocate_scratch<double>(std::max(tall_.chunks(), wide_.chunks()) + 1);
     if (!memory_ || !partial_)
       return {Code::out_of_memory, "no memory for the vectors of the solver"};
     u_ = memory_.get();
-    au_ = u_ + tall_.size;
-    v_ = au_ + tall_.size;
-    atv_ = v_ + wide_.size;
-    h_ = atv_ + wide_.size;
+    spare_ = u_ + tall_.size;
+    atu_ = spare_ + a_.rows();
+    p_ = atu_ + wide_.size;
+    v_ = inverse_ ? p_ + wide_.size : p_;
+    h_ = v_ + wide_.size;
     hbar_ = h_ + wide_.size;
     correction_ = hbar_ + wide_.size;
     return {};
   }
 
-  // u = [b; 0] - [A; root·I] x and v = [A; root·I]ᵀ u, at full accuracy.
+  // u = [b; 0] - [A; root·I] x, p = [A; root·I]ᵀ u at full accuracy, and v = M p.
   Status residual(const double* b, const double* x) {
-    if (const Status status = multiply(x, u_, Accuracy::full); !status.ok()) return status;
-    for (std::int64_t i = 0; i < a_.rows(); ++i) u_[i] = b[i] - u_[i];
-    for (std::int64_t i = a_.rows(); i < tall_.size; ++i) u_[i] = -u_[i];
-    if (const Status status = multiply_transposed(u_, v_, Accuracy::full); !status.ok())
-      return status;
+    std::copy(b, b + a_.rows(), u_);
+    std::fill(u_ + a_.rows(), u_ + tall_.size, 0.0);
+    if (const Status status = multiply(x, 1, p_, Accuracy::full); !status.ok()) return status;
+    scale(tall_, u_, -1);
+    scale(wide_, p_, -1);
     norm_b_ = norm({a_.rows(), 1, control_.threads}, b);
     norm_r_ = norm(tall_, u_);
-    normal_ = norm(wide_, v_);
+    normal_ = norm(wide_, p_);
     if (norm_r_ > 0) norm_a_ = std::max(norm_a_, normal_ / norm_r_);
-    return {};
+    return precondition(&measure_);
   }
 
   Outcome verdict(const double* x) {
@@ -58,13 +64,13 @@ class LeastSquares {
       return Outcome::converged;
     return Outcome::iteration_limit;
   }
-  double measure() const { return normal_; }
+  double measure() const { return measure_; }
   double residual_norm() const { return norm_r_; }
 
   Status correct(double* x) { return bidiagonalise(x); }
 
   Accuracy accuracy = Accuracy::working;
-  bool interrupted = false;
+  Outcome stop = Outcome::iteration_limit;
   Report report;
 
  private:
@@ -73,23 +79,38 @@ class LeastSquares {
     dots(shape, x, x, partial_.get(), &out);
     return std::sqrt(out);
   }
-  Status multiply(const double* in, double* out, Accuracy how) {
-    ++report.products;
-    const Status status = a_.apply(in, out, 1, how);
-    for (std::int64_t i = 0; i < below_; ++i) out[a_.rows() + i] = root_ * in[i];
+  // u = [A; root·I] v - alpha·u and w = [A; root·I]ᵀ u
+  Status multiply(const double* v, double alpha, double* w, Accuracy how) {
+    report.products += 2;
+    const Status status = a_.apply_both(v, alpha, u_, w, spare_, how);
+    double* below = u_ + a_.rows();
+    for (std::int64_t i = 0; i < below_; ++i) {
+      below[i] = root_ * v[i] - alpha * below[i];
+      w[i] += root_ * below[i];
+    }
     return status;
   }
-  Status multiply_transposed(const double* in, double* out, Accuracy how) {
-    ++report.products;
-    const Status status = a_.apply_transposed(in, out, 1, how);
-    for (std::int64_t i = 0; i < below_; ++i) out[i] += root_ * in[a_.rows() + i];
+  // v = M p, and the length √(pᵀv) that p has for it.
+  Status precondition(double* length) {
+    if (!inverse_) {
+      *length = norm(wide_, p_);
+      return {};
+    }
+    const Status status = inverse_->apply(p_, v_, 1, Accuracy::working);
+    double square = 0;
+    dots(wide_, p_, v_, partial_.get(), &square);
+    if (!std::isfinite(square))
+      stop = Outcome::non_finite;
+    else if (square <= 0 && norm(wide_, p_) > 0)
+      stop = Outcome::preconditioner;
+    *length = std::sqrt(std::max(square, 0.0));
     return status;
   }
 
   Status bidiagonalise(double* x) {
-    double beta = norm_r_, alpha = normal_ / norm_r_;
+    double beta = norm_r_, alpha = measure_ / norm_r_;
     scale(tall_, u_, 1 / beta);
-    scale(wide_, v_, 1 / normal_);
+    scale_right(1 / measure_);
     std::copy(v_, v_ + wide_.size, h_);
     std::fill(hbar_, hbar_ + wide_.size, 0.0);
     std::fill(correction_, correction_ + wide_.size, 0.0);
@@ -97,16 +118,21 @@ class LeastSquares {
     double betadd = beta, betad = 0, rhod = 1, tautilde = 0, thetatilde = 0, zeta = 0;
     // Beyond this reduction the rounding of the working products takes over.
     const double reach = std::max(100 * a_.unit_roundoff(accuracy), 1e-14);
-    const double start_normal = normal_, start_r = norm_r_;
+    const double start_normal = measure_, start_r = norm_r_, plain = normal_ / measure_;
+    // With a preconditioner the plain norm is an estimate: too short a cycle would be in vain.
+    const double least = inverse_ ? 0.1 * start_normal : INFINITY;
     while (report.iterations < control_.max_iterations) {
       ++report.iterations;
-      if (const Status status = multiply(v_, au_, accuracy); !status.ok()) return status;
-      advance(tall_, au_, u_, alpha, &beta);
-      if (const Status status = multiply_transposed(u_, atv_, accuracy); !status.ok())
-        return status;
-      advance(wide_, atv_, v_, beta, &alpha);
-      if (!std::isfinite(alpha) || !std::isfinite(beta)) return {};
-      norm_a_ = std::max(norm_a_, std::hypot(alpha, beta));
+      const double length = inverse_ ? norm(wide_, v_) : 1, alpha_before = alpha;
+      if (const Status status = multiply(v_, alpha, atu_, accuracy); !status.ok()) return status;
+      beta = norm(tall_, u_);
+      const double shrink = beta > 0 ? 1 / beta : 0, minus = -beta;
+      scale(tall_, u_, shrink);
+      combine(wide_, &shrink, atu_, &minus, p_);
+      if (const Status status = precondition(&alpha); !status.ok()) return status;
+      if (!std::isfinite(alpha) || !std::isfinite(beta) || stop != Outcome::iteration_limit) break;
+      if (alpha > 0) scale_right(1 / alpha);
+      norm_a_ = std::max(norm_a_, std::hypot(alpha_before, beta) / length);
 
       const double rho_old = rho, rhobar_old = rhobar, zeta_old = zeta;
       rho = std::hypot(alphabar, beta);
@@ -130,14 +156,15 @@ class LeastSquares {
       tautilde = (zeta_old - thetatilde_old * tautilde) / rhotilde;
       const double taud = (zeta - thetatilde * tautilde) / rhod;
       const double norm_r = std::hypot(betad - taud, betadd), normal = std::abs(zetabar);
+      const double relative = plain * normal / (norm_a_ * norm_r);
 
-      interrupted = !control_.go_on(report.iterations,
-                                    std::min(norm_r / norm_b_, normal / (norm_a_ * norm_r)));
-      if (interrupted || alpha == 0 || beta == 0) break;
+      if (!control_.go_on(report.iterations, std::min(norm_r / norm_b_, relative)))
+        stop = Outcome::interrupted;
+      if (stop != Outcome::iteration_limit || alpha == 0 || beta == 0) break;
       // A little below the target, so that the recomputed residual passes.
       if (norm_r <= 0.5 * control_.tolerance * norm_b_ ||
-          normal <= 0.5 * control_.tolerance * norm_a_ * norm_r || normal <= reach * start_normal ||
-          norm_r <= reach * start_r)
+          (relative <= 0.5 * control_.tolerance && normal <= least) ||
+          normal <= reach * start_normal || norm_r <= reach * start_r)
         break;
     }
     for (std::int64_t i = 0; i < wide_.size; ++i)
@@ -149,13 +176,9 @@ class LeastSquares {
   static void scale(const Shape& shape, double* x, double factor) {
     for (std::int64_t i = 0; i < shape.size; ++i) x[i] *= factor;
   }
-  // x = (product - coefficient · x) / norm, and the norm
-  void advance(const Shape& shape, const double* product, double* x, double coefficient,
-               double* length) {
-    const double minus = -coefficient, one = 1;
-    combine(shape, &one, product, &minus, x);
-    *length = norm(shape, x);
-    if (*length > 0) scale(shape, x, 1 / *length);
+  void scale_right(double factor) {
+    scale(wide_, p_, factor);
+    if (inverse_) scale(wide_, v_, factor);
   }
   void update(double of_hbar, double step, double of_h) {
     wide_.for_chunks([&](std::int64_t begin, std::int64_t end, std::int64_t) {
@@ -168,22 +191,25 @@ class LeastSquares {
   }
 
   const Operator& a_;
+  const Operator* inverse_;
   const Control& control_;
   const double root_;
   const std::int64_t below_;
   const Shape tall_, wide_;
   Scratch<double> memory_, partial_;
-  double *u_ = nullptr, *au_ = nullptr, *v_ = nullptr, *atv_ = nullptr, *h_ = nullptr,
-         *hbar_ = nullptr, *correction_ = nullptr;
-  double norm_a_ = 0, norm_b_ = 0, norm_r_ = 0, normal_ = 0;
+  double *u_ = nullptr, *spare_ = nullptr, *atu_ = nullptr, *p_ = nullptr, *v_ = nullptr,
+         *h_ = nullptr, *hbar_ = nullptr, *correction_ = nullptr;
+  double norm_a_ = 0, norm_b_ = 0, norm_r_ = 0;
+  double normal_ = 0, measure_ = 0;  // ‖Aᵀr‖, plain and in the norm of M
 };
 
 }  // namespace
 
-Status lsmr(const Operator& a, double damping, std::int64_t count, const double* b, double* x,
-            const Control& control, double* residual_norms, Report* report) {
-  return for_columns(a, count, b, x, residual_norms, report, control,
-                     [&] { return LeastSquares(a, damping, control); });
+Status lsmr(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
+            const double* b, double* x, const Control& control, double* residual_norms,
+            Report* report) {
+  return for_columns(a, inverse, count, b, x, residual_norms, report, control,
+                     [&] { return LeastSquares(a, damping, inverse, control); });
 }
 
 }  // namespace jacpot::krylov

@@ -24,6 +24,14 @@ class Operator {
   // y (columns, count) = Aᵀ · x (rows, count)
   virtual Status apply_transposed(const double* x, double* y, std::int64_t count,
                                   Accuracy accuracy) const = 0;
+  // u (rows) = A · v - alpha · u and w (columns) = Aᵀ · u of the new u: what a matrix in memory
+  // gives in one pass over it. `spare` (rows) is for those that cannot.
+  virtual Status apply_both(const double* v, double alpha, double* u, double* w, double* spare,
+                            Accuracy accuracy) const {
+    if (const Status status = apply(v, spare, 1, accuracy); !status.ok()) return status;
+    for (std::int64_t i = 0; i < rows(); ++i) u[i] = spare[i] - alpha * u[i];
+    return apply_transposed(u, w, 1, accuracy);
+  }
 };
 
 }  // namespace jacpot::krylov

@@ -15,7 +15,8 @@ namespace jacpot::krylov {
 //   Outcome verdict(x)        on it; iteration_limit stands for "go on"
 //   double measure()          what a restart must make smaller
 //   Status correct(x)         iterates from the residual and adds the correction to x
-//   accuracy, interrupted, report
+//   Outcome stop              why there is no going on after that; iteration_limit: there is
+//   accuracy, report
 template <class Solver>
 Status refine(Solver& solver, const double* b, double* x, const Control& control) {
   double before = INFINITY;
@@ -23,8 +24,8 @@ Status refine(Solver& solver, const double* b, double* x, const Control& control
     if (const Status status = solver.residual(b, x); !status.ok()) return status;
     Outcome outcome = solver.verdict(x);
     if (outcome == Outcome::iteration_limit) {
-      if (solver.interrupted) {
-        outcome = Outcome::interrupted;
+      if (solver.stop != Outcome::iteration_limit) {
+        outcome = solver.stop;
       } else if (!(solver.measure() < 0.5 * before) && solver.accuracy == Accuracy::full) {
         outcome = Outcome::stagnated;
       } else if (solver.report.iterations < control.max_iterations) {
@@ -41,8 +42,9 @@ Status refine(Solver& solver, const double* b, double* x, const Control& control
 
 // Runs `make()`'s solvers over the columns of b and x, one after another.
 template <class Make>
-Status for_columns(const Operator& a, std::int64_t count, const double* b, double* x,
-                   double* residual_norms, Report* report, const Control& control, Make&& make) {
+Status for_columns(const Operator& a, const Operator* inverse, std::int64_t count, const double* b,
+                   double* x, double* residual_norms, Report* report, const Control& control,
+                   Make&& make) {
   const auto column = allocate_scratch<double>(a.rows() + a.columns());
   if (!column) return {Code::out_of_memory, "no memory for the vectors of the solver"};
   double *one_b = column.get(), *one_x = one_b + a.rows();
@@ -52,7 +54,10 @@ Status for_columns(const Operator& a, std::int64_t count, const double* b, doubl
     for (std::int64_t i = 0; i < a.columns(); ++i) one_x[i] = x[i * count + c];
     auto solver = make();
     Status status = solver.allocate();
-    if (status.ok()) status = refine(solver, one_b, one_x, control);
+    const auto run = [&] {
+      if (status.ok()) status = refine(solver, one_b, one_x, control);
+    };
+    inverse || a.calls_out(1) ? run() : with_team(control.threads, run);
     for (std::int64_t i = 0; i < a.columns(); ++i) x[i * count + c] = one_x[i];
     if (!status.ok()) return status;
     residual_norms[c] = solver.residual_norm();

@@ -57,15 +57,19 @@ Status block_cg(const Operator& a, double damping, const Operator* inverse, std:
                 const double* b, double* x, const Control& control, double* residual_norms,
                 Report* report);
 
-// (A + damping·I) x = b for symmetric A of any signature. Of a singular and inconsistent system x
-// is a least-squares solution, and the outcome says `inconsistent`. Columns one after another.
-Status minres(const Operator& a, double damping, std::int64_t count, const double* b, double* x,
-              const Control& control, double* residual_norms, Report* report);
+// (A + damping·I) x = b for symmetric A of any signature; `inverse` approximates the inverse of its
+// absolute value, or is null. Of a singular and inconsistent system x is a least-squares solution
+// (in the norm of `inverse`), and the outcome says `inconsistent`. Columns one after another.
+Status minres(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
+              const double* b, double* x, const Control& control, double* residual_norms,
+              Report* report);
 
-// min ‖A x - b‖² + damping·‖x‖² for any A; of all minimisers the one of least norm when x starts
-// at zero. Converged: ‖r‖ <= tolerance·‖b‖, or ‖Aᵀr‖ <= tolerance·‖A‖·‖r‖ where there is no
-// exact solution (r of the damped system when there is damping). Columns one after another.
-Status lsmr(const Operator& a, double damping, std::int64_t count, const double* b, double* x,
-            const Control& control, double* residual_norms, Report* report);
+// min ‖A x - b‖² + damping·‖x‖² for any A; `inverse` approximates the inverse of AᵀA + damping·I,
+// or is null: then, of all minimisers, it is the one of least norm when x starts at zero.
+// Converged: ‖r‖ <= tolerance·‖b‖, or ‖Aᵀr‖ <= tolerance·‖A‖·‖r‖ where there is no exact solution
+// (r of the damped system when there is damping). Columns one after another.
+Status lsmr(const Operator& a, double damping, const Operator* inverse, std::int64_t count,
+            const double* b, double* x, const Control& control, double* residual_norms,
+            Report* report);
 
 }  // namespace jacpot::krylov

@@ -7,14 +7,7 @@ namespace {
 
 using V = Simd<double>;
 
-JACPOT_INLINE V::Vec load(const double* p) { return V::load(p); }
-JACPOT_INLINE V::Vec load(const float* p) {
-  typedef float Narrow __attribute__((vector_size(JACPOT_VECTOR_BYTES / 2), aligned(4), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), V::Vec);
-}
-
-template <class T>
-double dot(std::int64_t size, const T* x, const double* y) {
+double dot(std::int64_t size, const double* x, const double* y) {
   constexpr int chains = 4;  // they hide the latency of the additions
   V::Vec sum[chains];
   for (auto& s : sum) s = V::zero();
@@ -23,10 +16,10 @@ double dot(std::int64_t size, const T* x, const double* y) {
 #pragma GCC unroll 4
     for (int c = 0; c < chains; ++c) {
       const auto at = i + c * V::width;
-      sum[c] = V::fma(load(x + at), V::load(y + at), sum[c]);
+      sum[c] = V::fma(V::load(x + at), V::load(y + at), sum[c]);
     }
   double total = Shuffle<double>::sum(sum[0] + sum[1] + (sum[2] + sum[3]));
-  for (; i < size; ++i) total += static_cast<double>(x[i]) * y[i];
+  for (; i < size; ++i) total += x[i] * y[i];
   return total;
 }
 
@@ -38,7 +31,20 @@ void combine(std::int64_t size, double alpha, const double* x, double scale, dou
   for (; i < size; ++i) y[i] = scale * y[i] + alpha * x[i];
 }
 
-constexpr VectorTable kernels{&dot<double>, &dot<float>, &combine};
+template <class S>
+void load(std::int64_t size, double factor, const double* from, S* to) {
+  for (std::int64_t i = 0; i < size; ++i) to[i] = static_cast<S>(factor * from[i]);
+}
+
+template <class S>
+void add_up(std::int64_t size, std::int64_t count, const S* from, std::int64_t stride, double* to) {
+  for (std::int64_t i = 0; i < size; ++i) to[i] = from[i];
+  for (std::int64_t k = 1; k < count; ++k)
+    for (std::int64_t i = 0; i < size; ++i) to[i] += from[k * stride + i];
+}
+
+constexpr VectorTable kernels{
+    &dot, &combine, {&load<float>, &add_up<float>}, {&load<double>, &add_up<double>}};
 
 }  // namespace
 

@@ -98,6 +98,22 @@ def test_a_preconditioner_saves_iterations(emulated_cuda, method):
     assert helped.iterations <= 4 < plain.iterations
 
 
+def test_lsmr_takes_a_preconditioner_of_the_normal_equations(emulated_cuda):
+    a, b = system(60, 2, torch.float64, 1, condition=1e4)
+    a = a[:, :40] * torch.logspace(0, 3, 40, dtype=torch.float64)
+    inverse = torch.linalg.inv(a.T @ a)
+    plain = solve(a, b, method="lsmr", tol=1e-8)
+    for helper in (lambda v: inverse @ v, "diagonal"):
+        helped = solve(a, b, method="lsmr", tol=1e-8, preconditioner=helper)
+        assert helped.converged, str(helped)
+        assert helped.iterations < plain.iterations
+        torch.testing.assert_close(
+            helped.x, torch.linalg.lstsq(a, b).solution, rtol=1e-4, atol=1e-6
+        )
+    wrong = solve(a, b, method="lsmr", preconditioner=lambda v: -v)
+    assert wrong.status is Status.preconditioner
+
+
 @pytest.mark.parametrize("name", ["diagonal", "nystrom", "partial_cholesky"])
 def test_named_preconditioners(emulated_cuda, name):
     a, b = system(40, 2, torch.float32, 1, condition=1e3)

@@ -215,21 +215,49 @@ def test_least_squares_of_extreme_scale(scale, damping):
 
 
 @pytest.mark.parametrize("preconditioner", ["diagonal", "nystrom", "partial_cholesky", "inverse"])
-@pytest.mark.parametrize("scale", [1e-170, 1e160])
-def test_preconditioners_at_extreme_scales(preconditioner, scale):
+@pytest.mark.parametrize("scale", [1e-170, 1e-130, 1e130, 1e160])
+@pytest.mark.parametrize("method", ["cg", "minres", "lsmr"])
+def test_preconditioners_at_extreme_scales(preconditioner, scale, method):
+    if method == "lsmr" and preconditioner in ("nystrom", "partial_cholesky"):
+        pytest.skip("damping goes to the diagonal of a square matrix: they have none")
+    if method == "lsmr" and preconditioner == "inverse" and not 1e-150 < scale < 1e150:
+        pytest.skip("the inverse of the squares is out of range itself")
     a = torch.from_numpy(MATRICES["condition 1e4"])
     inverse = torch.linalg.inv(a + 1e-3 * torch.eye(N)) / scale
     b = torch.from_numpy(right_hand_sides_of_size(N))
+
+    def helper(v):
+        return inverse @ (inverse @ v) if method == "lsmr" else inverse @ v
+
     solution = jacpot.solve(
-        a * scale, b, 1e-3 * scale, method="cg", tol=TOL,
-        preconditioner=(lambda v: inverse @ v) if preconditioner == "inverse" else preconditioner,
+        a * scale, b, 1e-3 * scale, method=method, tol=TOL,
+        preconditioner=helper if preconditioner == "inverse" else preconditioner,
     )  # fmt: skip
     assert solution.converged, str(solution)
     if preconditioner == "inverse":
         assert solution.iterations <= 3
 
 
-@pytest.mark.parametrize("method", ["cg", "block_cg"])
+@pytest.mark.parametrize("method", ["minres", "lsmr"])
+@pytest.mark.parametrize("name", [n for n in MATRICES if n not in ("nan", "infinite")])
+@pytest.mark.parametrize("preconditioner", ["diagonal", "inverse"])
+def test_preconditioned_claims_are_true(method, name, preconditioner):
+    matrix = MATRICES[name]
+    target = matrix.T @ matrix if method == "lsmr" else matrix
+    values, vectors = numpy.linalg.eigh(target)
+    size = numpy.maximum(numpy.abs(values), 1e-3 * numpy.abs(values).max(initial=1e-3))
+    inverse = torch.from_numpy(vectors / size @ vectors.T)
+    helper = (lambda v: inverse @ v) if preconditioner == "inverse" else preconditioner
+    for _, rhs in right_hand_sides(matrix):
+        a, b = torch.from_numpy(matrix), torch.from_numpy(rhs)
+        solution = jacpot.solve(a, b, method=method, tol=TOL, max_iter=2000, preconditioner=helper)
+        assert solution.converged or name not in DEFINITE, str(solution)
+        if solution.converged:
+            relative, normal = residuals(matrix, rhs, solution.x.numpy())
+            assert (numpy.minimum(relative, normal if method == "lsmr" else numpy.inf) <= TOL).all()
+
+
+@pytest.mark.parametrize("method", ["cg", "block_cg", "minres", "lsmr"])
 def test_a_preconditioner_that_is_not_finite(method):
     a, b = torch.from_numpy(MATRICES["condition 1e2"]), torch.ones(N, 2, dtype=torch.float64)
     solution = jacpot.solve(a, b, method=method, preconditioner=lambda v: v * numpy.nan)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jacpot
-from jacpot.linalg import DenseOperator
+from jacpot.linalg import DenseOperator, Status
 from jacpot.linalg.preconditioners import Diagonal, Identity, Nystrom, PartialCholesky
 from jacpot.linalg.preconditioners.partial_cholesky import random_pivoted_cholesky
 
@@ -79,3 +79,71 @@ def test_partial_cholesky_is_exact_on_low_rank():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="preconditioner"):
         jacpot.solve(torch.eye(3), torch.ones(3), preconditioner="magic")
+
+
+def badly_scaled(rows, columns, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return (a * torch.logspace(0, 4, columns, dtype=torch.float64)).to(dtype)
+
+
+@pytest.mark.parametrize("damping", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["diagonal", "inverse", "operator"])
+def test_least_squares_take_a_preconditioner_of_the_normal_equations(damping, dtype, kind):
+    a = badly_scaled(120, 40, dtype)
+    b = torch.randn(120, 2, generator=torch.Generator().manual_seed(4), dtype=dtype)
+    wide = a.double()
+    normal = wide.T @ wide + damping * torch.eye(40, dtype=torch.float64)
+    inverse = torch.linalg.inv(normal)
+    helper = {
+        "diagonal": "diagonal",
+        "inverse": lambda v: inverse.to(v.dtype) @ v,
+        "operator": DenseOperator(inverse),
+    }[kind]
+    options = {"damping": damping, "method": "lsmr", "tol": 1e-9}
+    plain = jacpot.solve(a, b, **options)
+    helped = jacpot.solve(a, b, preconditioner=helper, **options).raise_if_failed()
+    assert helped.iterations < plain.iterations / 4
+    pulled = wide.T @ (b.double() - wide @ helped.x) - damping * helped.x
+    assert pulled.norm() <= 2e-9 * torch.linalg.matrix_norm(wide, 2) * b.double().norm()
+    expected = torch.linalg.solve(normal, wide.T @ b.double())
+    torch.testing.assert_close(helped.x, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_shifted_system_takes_one_of_its_own_normal_equations():
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(60, 60, generator=generator, dtype=torch.float64)
+    b = torch.randn(60, generator=generator, dtype=torch.float64)
+    shifted = a + 0.5 * torch.eye(60, dtype=torch.float64)
+    inverse = torch.linalg.inv(shifted.T @ shifted)
+    options = {"damping": 0.5, "method": "lsmr", "tol": 1e-9}
+    helped = jacpot.solve(a, b, preconditioner=lambda v: inverse @ v, **options).raise_if_failed()
+    assert helped.iterations <= 5
+    assert (b - shifted @ helped.x).norm() <= 1.01e-9 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_minres_takes_a_positive_definite_preconditioner(dtype):
+    generator = torch.Generator().manual_seed(6)
+    basis = torch.linalg.qr(torch.randn(80, 80, generator=generator, dtype=torch.float64))[0]
+    values = torch.logspace(0, 3, 80, dtype=torch.float64)
+    values[::3] *= -1
+    a = (basis * values @ basis.T).to(dtype)
+    a = (a + a.T) / 2
+    b = torch.randn(80, 2, generator=generator, dtype=dtype)
+    inverse = basis / values.abs() @ basis.T
+    plain = jacpot.solve(a, b, method="minres", tol=1e-9)
+    helped = jacpot.solve(
+        a, b, method="minres", tol=1e-9, preconditioner=lambda v: inverse.to(v.dtype) @ v
+    ).raise_if_failed()
+    assert helped.iterations < plain.iterations / 3
+    residual = b.double() - a.double() @ helped.x
+    assert (residual.norm(dim=0) <= 1.01e-9 * b.double().norm(dim=0)).all()
+
+
+@pytest.mark.parametrize("method", ["cg", "block_cg", "minres", "lsmr"])
+def test_a_preconditioner_that_is_not_positive_definite_is_named(method):
+    a, b = kernel(30), torch.ones(30, 1, dtype=torch.float64)
+    solution = jacpot.solve(a, b, 0.1, method=method, preconditioner=lambda v: -v)
+    assert solution.status is Status.preconditioner

@@ -273,7 +273,8 @@ def test_errors_of_the_function_come_through():
         ({"operator": torch.ones(3, 4), "method": "cg"}, ValueError, "square"),
         ({"x0": torch.ones(4)}, ValueError, "x0"),
         ({"preconditioner": torch.ones(3)}, TypeError, "preconditioner"),
-        ({"preconditioner": "diagonal", "method": "lsmr"}, ValueError, "preconditioner"),
+        ({"preconditioner": "diagonals", "method": "lsmr"}, ValueError, "preconditioner"),
+        ({"x0": torch.tensor([1.0, float("inf"), 0.0])}, ValueError, "'x0' must be finite"),
         ({"preconditioner": "diagonal", "method": "cholesky"}, ValueError, "preconditioner"),
     ],
 )

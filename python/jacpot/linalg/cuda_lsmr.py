@@ -1,8 +1,9 @@
 """LSMR on a GPU: least squares and least norm for an operator of any shape.
 
 Fong & Saunders 2011, "LSMR: an iterative algorithm for sparse least-squares problems". Damping is
-an identity stacked below A. Columns go side by side, with scalars of their own on the device; the
-host looks at them every few iterations.
+an identity stacked below A, and a preconditioner the inner product of the right vectors, as in the
+compiled solver. Columns go side by side, with scalars of their own on the device; the host looks at
+them every few iterations.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class LeastSquares(Solver):
         if self.damping:
             r = torch.cat([r, -(self.damping**0.5) * self.x])
             normal = normal.sub(self.x, alpha=self.damping)
-        self.u, self.v = r, normal
+        self.u, self.p, self.v = r, normal, self.precondition(normal)
         self.norms, self.normal = r.norm(dim=0).cpu(), normal.norm(dim=0).cpu()
+        self.length = (self.p * self.v).sum(0)
         seen = torch.where(self.norms > 0, self.normal / self.norms, 0.0)
         self.norm_a = seen if self.norm_a is None else torch.maximum(self.norm_a, seen)
         met = (self.norms <= self.target) | (self.normal <= self.tol * self.norm_a * self.norms)
@@ -54,13 +56,19 @@ class LeastSquares(Solver):
 
     def measure(self) -> float:
         """See `Solver`."""
-        return float(self.normal.max()) if len(self.normal) else 0.0
+        return float(self.length.max()) ** 0.5 if len(self.length) else 0.0
 
     def descend(self) -> Status | None:
         """See `Solver`."""
-        beta, normal = self.u.norm(dim=0), self.v.norm(dim=0)
-        alpha = _over(normal, beta)
-        u, v = _over(self.u, beta), _over(self.v, normal)
+        if not bool((self.length >= 0).all()):
+            return Status.preconditioner
+        beta, length = self.u.norm(dim=0), self.length.sqrt()
+        alpha = _over(length, beta)
+        u, p, v = _over(self.u, beta), _over(self.p, length), _over(self.v, length)
+        first_length = length.cpu()
+        plain = torch.where(first_length > 0, self.normal / first_length, 0.0)
+        # With a preconditioner the plain norm is an estimate: too short a cycle would be in vain.
+        least = torch.inf if self.inverse is None else 0.1 * first_length
         h, hbar, x = v.clone(), torch.zeros_like(v), torch.zeros_like(v)
         one, zero = torch.ones_like(beta), torch.zeros_like(beta)
         zetabar, alphabar, rho, rhobar, cbar, sbar = alpha * beta, alpha, one, one, one, zero
@@ -69,13 +77,16 @@ class LeastSquares(Solver):
         status, first = None, self.iterations
         while self.iterations < self.limit:
             self.iterations += 1
+            size, alpha_before = v.norm(dim=0), alpha
             u = self._forward(v) - alpha * u
             beta = u.norm(dim=0)
             u = _over(u, beta)
-            v = self._backward(u) - beta * v
-            alpha = v.norm(dim=0)
-            v = _over(v, alpha)
-            norm_a = torch.maximum(norm_a, torch.hypot(alpha, beta))
+            p = self._backward(u) - beta * p
+            v = self.precondition(p)
+            square = (p * v).sum(0)
+            alpha = square.sqrt()  # NaN where the preconditioner is not positive definite
+            p, v = _over(p, alpha), _over(v, alpha)
+            norm_a = torch.maximum(norm_a, _over(torch.hypot(alpha_before, beta), size))
 
             rho_old, rhobar_old, zeta_old = rho, rhobar, zeta
             rho = torch.hypot(alphabar, beta)
@@ -99,16 +110,16 @@ class LeastSquares(Solver):
             if not is_due(self.iterations - first) and self.iterations < self.limit:
                 continue
             seen = torch.stack(
-                [torch.hypot(betad - taud, betadd), zetabar.abs(), norm_a, alpha * beta]
+                [torch.hypot(betad - taud, betadd), zetabar.abs(), norm_a, alpha * beta, square]
             ).cpu()  # the only wait
-            norms, normals, self.norm_a, moving = seen.unbind()
-            size = torch.minimum(
-                self.relative(norms), torch.where(norms > 0, normals / (self.norm_a * norms), 0.0)
-            )
-            status = self.report(float(size.max()))
+            norms, lengths, self.norm_a, moving, square = seen.unbind()
+            if bool((square < 0).any()):
+                return Status.preconditioner
+            pulled = torch.where(norms > 0, plain * lengths / (self.norm_a * norms), 0.0)
+            status = self.report(float(torch.minimum(self.relative(norms), pulled).max()))
             # A little below the target, so that the recomputed residual passes.
-            done = (norms <= 0.5 * self.target) | (normals <= self.floor * self.normal)
-            done |= (normals <= 0.5 * self.tol * self.norm_a * norms) | (moving == 0)
+            done = (norms <= 0.5 * self.target) | (lengths <= self.floor * first_length)
+            done |= ((pulled <= 0.5 * self.tol) & (lengths <= least)) | (moving == 0)
             done |= norms <= self.floor * self.norms
             if status is not None or bool(done.all()) or not bool(seen.isfinite().all()):
                 break

@@ -113,9 +113,14 @@ def refine(solver: Solver) -> dict[str, Any]:
         "outcome": status.value,
         "iterations": solver.iterations,
         "history": solver.history,
-        "products": solver.products,
+        "rhs_norms": solver.norm_b.tolist(),
+        "largest": solver.x.abs().amax(dim=0).tolist()
+        if len(solver.x)
+        else [0.0] * solver.x.shape[1],
     }
-    return result if interrupted else {**result, "residual_norms": solver.norms.tolist()}
+    if not interrupted:
+        result.update(products=solver.products, residual_norms=solver.norms.tolist())
+    return result
 
 
 def _refine(solver: Solver) -> Status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,10 @@ class LinearOperator:
         if not parts:
             return torch.zeros(0, dtype=self.dtype, device=self.device)
         return torch.cat(parts)
+
+    def _normal(self) -> LinearOperator:
+        """Give ``Aᵀ A``, which preconditioners of least-squares problems are made for."""
+        return NormalOperator(self)
 
     def _core(self) -> Any:
         """Give what the compiled solvers call for a product."""
@@ -197,6 +202,46 @@ class DenseOperator(LinearOperator):
 
     def _dense(self) -> Tensor:
         return self.matrix
+
+
+class NormalOperator(LinearOperator):
+    """``Aᵀ A`` (columns, columns), by products with A.
+
+    Parameters
+    ----------
+    operator
+        A, with a transpose.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.linalg import DenseOperator
+    >>> from jacpot.linalg.operator import NormalOperator
+    >>> NormalOperator(DenseOperator(torch.tensor([[1.0, 2.0]]))).diagonal()
+    tensor([1., 4.])
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator, self.transpose = operator, operator.T
+        self.shape = (operator.shape[1], operator.shape[1])
+        self.dtype, self.device = operator.dtype, operator.device
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.transpose._matmat(self.operator._matmat(x))
+
+    def _adjoint(self) -> LinearOperator:
+        return self
+
+    def _double(self) -> LinearOperator:
+        return NormalOperator(self.operator.double())
+
+    def _columns(self, indices: Tensor) -> Tensor:
+        return self.transpose._matmat(self.operator.columns(indices))
+
+    def _diagonal(self) -> Tensor:
+        indices = torch.arange(self.shape[1], device=self.device)
+        parts = [self.operator.columns(i).square().sum(0) for i in torch.split(indices, 256)]
+        return torch.cat(parts)
 
 
 class FunctionOperator(LinearOperator):
@@ -389,11 +434,15 @@ def _as_tensor(array: Any, name: str) -> Tensor:
     return tensor.detach()
 
 
+def power_of_two_above(size: float) -> float:
+    """Give a power of two above a size, far from the ends of float64's range; 1 for zero."""
+    return math.ldexp(1.0, max(-1000, min(1000, math.frexp(size)[1]))) if size > 0 else 1.0
+
+
 def power_of_two(columns: Tensor) -> Tensor:
     """Give for each column a power of two above its largest element; 1 where all are zero."""
     if columns.shape[0] == 0:
         return torch.ones(columns.shape[1], dtype=torch.float64, device=columns.device)
-    largest = columns.abs().amax(dim=0)
-    exponent = torch.frexp(largest).exponent
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))
-    return torch.where(largest > 0, scale, 1.0)
+    sizes = columns.abs().amax(dim=0).tolist()
+    scales = [power_of_two_above(size) for size in sizes]
+    return torch.tensor(scales, dtype=torch.float64, device=columns.device)

@@ -20,7 +20,7 @@ from jacpot.linalg.operator import (
     LinearOperator,
     _as_tensor,
     as_operator,
-    power_of_two,
+    power_of_two_above,
 )
 from jacpot.linalg.preconditioners import (
     Cholesky,
@@ -35,7 +35,7 @@ from jacpot.linalg.solution import Interrupted, Solution, Status
 from jacpot.linalg.system import EXTREME, AffineOperator, System, shifted
 from jacpot.ops.arrays import like
 
-__all__ = ["prepare", "solve"]
+__all__ = ["iterate", "prepare", "solve"]
 
 Callback = Callable[[int, float, float], Any]
 
@@ -91,7 +91,12 @@ def solve(
     preconditioner
         None; an object of `jacpot.linalg.preconditioners`, or ``"none"``, ``"diagonal"``,
         ``"nystrom"`` or ``"partial_cholesky"`` for one with default settings; or a
-        `LinearOperator` or function that approximates the inverse of ``A + damping·I``.
+        `LinearOperator` or function that approximates the inverse of ``A + damping·I``,
+        symmetric positive definite. For ``"minres"`` it is to approximate the inverse of that
+        matrix's absolute value, and for ``"lsmr"`` of ``Aᵀ A + damping·I``, or of
+        ``(A + damping·I)ᵀ (A + damping·I)``: objects and names are made for those. Where the
+        least-squares solution is not unique, the one that LSMR then gives is of least norm
+        for the preconditioner's inverse.
     callback
         Called with ``(iteration, relative residual, seconds)``; returning False stops.
 
@@ -127,7 +132,9 @@ def solve(
     b = _as_tensor(rhs, "rhs")
     if b.ndim not in (1, 2):
         raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
-    if not torch.isfinite(b).all():
+    columns = (b if b.ndim == 2 else b[:, None]).double()
+    largest = _largest(columns)
+    if not all(map(math.isfinite, largest)):
         raise ValueError("argument 'rhs' must be finite, got NaN or infinity")
     a = as_operator(operator, rhs)
     if a.device != b.device:
@@ -137,43 +144,40 @@ def solve(
     if isinstance(a, DenseOperator) and method != "lsmr":
         a = DenseOperator(a.matrix)
         a.symmetric = True
-    if preconditioner is not None and method not in ("cg", "block_cg"):
-        raise ValueError(
-            f"argument 'preconditioner' is for methods 'cg' and 'block_cg', not {method!r}"
-        )
-    columns = b.double() if b.ndim == 2 else b.double()[:, None]
+    if preconditioner is not None and method == "cholesky":
+        raise ValueError("argument 'preconditioner': method 'cholesky' has its own, use 'cg'")
     # Powers of two near the largest element: exact, and nothing over- or underflows.
-    scale = power_of_two(columns)
-    x = torch.zeros(a.shape[1], columns.shape[1], dtype=torch.float64, device=b.device)
+    scales = [power_of_two_above(size) for size in largest]
+    scale = torch.tensor(scales, dtype=torch.float64, device=b.device)
+    shape = (a.shape[1], *b.shape[1:])
+    guess = None
     if x0 is not None:
-        guess = _as_tensor(x0, "x0")
-        if guess.shape != (a.shape[1], *b.shape[1:]):
-            raise ValueError(
-                f"argument 'x0' must have shape {(a.shape[1], *b.shape[1:])}, "
-                f"got {tuple(guess.shape)}"
-            )
-        if guess.device != b.device:
-            raise ValueError(f"argument 'x0' must be on {b.device} like 'rhs', got {guess.device}")
+        guess = _first_guess(x0, shape, b.device).double().reshape(a.shape[1], -1) / scale
         # Of a zero right-hand side the solution is known.
-        x = torch.where(columns.any(dim=0), guess.double().reshape(x.shape) / scale, 0.0)
+        guess = torch.where(columns.any(dim=0), guess, 0.0)
     limit = min(10 * a.shape[1], 20_000) if max_iter is None else max_iter
     options = (method, preconditioner, float(tol), limit, callback)
     system = System(a, float(damping), method == "lsmr" and not shifted(a))
-    attempt = _attempt(system, 1.0, (columns / scale).contiguous(), x.clone(), *options)
-    if not attempt.interrupted and _is_extreme(attempt):
+    attempt = _attempt(system, 1.0, (columns / scale).contiguous(), guess, *options)
+    if not attempt.interrupted and _is_extreme(attempt.result["largest"], largest):
         unit = system.unit()
         if unit != 1:
-            attempt = _attempt(system, unit, attempt.columns, x * unit, *options)
-    out: Any = (attempt.x * scale / attempt.unit).reshape(a.shape[1], *b.shape[1:])
-    status, norms = attempt.judge(out.reshape(x.shape) / scale * attempt.unit, float(tol))
-    relative = torch.where(norms == 0, 0.0, norms / attempt.columns.norm(dim=0).cpu())
-    worst = int(relative.argmax()) if len(relative) else None
+            attempt = _attempt(system, unit, attempt.columns, guess, *options)
+    out: Any = attempt.x.mul_(scale).div_(attempt.unit).reshape(shape)
+    status, norms = attempt.judge(scales, scale, float(tol))
+    relative = [
+        n / of_b if of_b else math.inf if n else 0.0
+        for n, of_b in zip(norms, attempt.result["rhs_norms"], strict=True)
+    ]
+    # NaN is worse than any number.
+    order = range(len(relative))
+    worst = max(order, key=lambda i: (math.isnan(relative[i]), relative[i]), default=None)
     solution = Solution(
         x=like(out, rhs),
         status=status,
         iterations=attempt.result["iterations"],
-        residual_norm=0.0 if worst is None else float(norms[worst] * scale[worst]),
-        relative_residual=0.0 if worst is None else float(relative[worst]),
+        residual_norm=0.0 if worst is None else norms[worst] * scales[worst],
+        relative_residual=0.0 if worst is None else relative[worst],
         history=attempt.result["history"],
         method=method,
         preconditioner=attempt.description,
@@ -186,9 +190,28 @@ def solve(
     return solution
 
 
+def _largest(columns: Tensor) -> list[float]:
+    """Give the largest size of an element of each column; NaN where there is one."""
+    if len(columns) == 0:
+        return [0.0] * columns.shape[1]
+    sizes: list[float] = columns.abs().amax(dim=0).tolist()
+    return sizes
+
+
+def _first_guess(x0: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    guess = _as_tensor(x0, "x0")
+    if guess.shape != shape:
+        raise ValueError(f"argument 'x0' must have shape {shape}, got {tuple(guess.shape)}")
+    if guess.device != device:
+        raise ValueError(f"argument 'x0' must be on {device} like 'rhs', got {guess.device}")
+    if not torch.isfinite(guess).all():
+        raise ValueError("argument 'x0' must be finite, got NaN or infinity")
+    return guess
+
+
 @dataclass
 class _Attempt:
-    """What a solver made of ``(A + damping·I) / unit · x = columns``."""
+    """What a solver made of ``(A + damping·I) / unit · x = columns``; see `iterate`."""
 
     system: System
     unit: float
@@ -203,17 +226,25 @@ class _Attempt:
         """Whether it was by Ctrl-C, before the last recomputation of the residual."""
         return "residual_norms" not in self.result
 
-    def judge(self, x: Tensor, tol: float) -> tuple[Status, Tensor]:
-        """Give the status and the residuals' norms (R,) of x, which is this one's but for range."""
+    def judge(self, scales: list[float], scale: Tensor, tol: float) -> tuple[Status, list[float]]:
+        """Give the status and the residuals' norms of x, which is in the caller's units by now.
+
+        That changed nothing but where it left the range of float64, or came near its end.
+        """
         status = Status(self.result["outcome"])
-        if torch.equal(x, self.x) and not self.interrupted:
-            return status, torch.tensor(self.result["residual_norms"], dtype=torch.float64)
-        norms = self.system.residual_norms(self.columns, x).cpu()
+        if not self.interrupted and all(
+            size == 0 or 1e-250 < size * (factor / self.unit) < 1e300
+            for size, factor in zip(self.result["largest"], scales, strict=True)
+        ):
+            return status, self.result["residual_norms"]
+        norms: list[float] = self.system.residual_norms(
+            self.columns, self.x / scale * self.unit
+        ).tolist()
         if status is Status.converged:
-            reached = torch.tensor(self.result["residual_norms"], dtype=torch.float64)
-            if not bool(norms.isfinite().all()):
+            reached = self.result["residual_norms"], self.result["rhs_norms"]
+            if not all(map(math.isfinite, norms)):
                 status = Status.non_finite
-            elif bool((norms > reached + tol * self.columns.norm(dim=0).cpu()).any()):
+            elif any(now > r + tol * of_b for now, r, of_b in zip(norms, *reached, strict=True)):
                 status = Status.stagnated
         return status, norms
 
@@ -222,7 +253,7 @@ def _attempt(
     system: System,
     unit: float,
     columns: Tensor,
-    x: Tensor,
+    guess: Tensor | None,
     method: str,
     preconditioner: Any,
     tol: float,
@@ -231,41 +262,37 @@ def _attempt(
 ) -> _Attempt:
     start = time.perf_counter()
     scaled = system.over(unit)
-    if method == "cholesky":
-        preconditioner = Cholesky()
-    if unit == 1 or isinstance(preconditioner, (str, Preconditioner)):
-        prepared = prepare(preconditioner, scaled.a, scaled.damping)
-    else:
-        prepared = prepare(preconditioner, system.a, system.damping)
-        if prepared.inverse is not None:
-            inverse = AffineOperator(prepared.inverse, unit)
-            prepared = Prepared(inverse, prepared.description)
-    setup = 0.0 if preconditioner is None else time.perf_counter() - start
     a, damping = scaled.a, scaled.damping
     if method == "lsmr" and not scaled.stacked and damping:
         a, damping = AffineOperator(a, shift=damping), 0.0
-    x = x.contiguous()
+    if method == "cholesky":
+        preconditioner = Cholesky()
+    target = a._normal() if method == "lsmr" and preconditioner is not None else a
+    prepared = prepare(preconditioner, target, damping)
+    inverse = prepared.inverse
+    if unit != 1 and inverse is not None and not isinstance(preconditioner, (str, Preconditioner)):
+        # It is the caller's own, for the system in the caller's units.
+        for _ in range(2 if method == "lsmr" else 1):
+            inverse = AffineOperator(inverse, unit)
+    setup = 0.0 if preconditioner is None else time.perf_counter() - start
+    x = columns.new_zeros(a.shape[1], columns.shape[1])
+    if guess is not None:
+        torch.mul(guess, unit, out=x)
     name = "cg" if method == "cholesky" else method
-    result = _iterate(name, a, columns, x, damping, prepared.inverse, tol, limit, callback)
+    result = iterate(name, a, columns, x, damping, inverse, tol, limit, callback)
     return _Attempt(scaled, unit, columns, x, result, prepared.description, setup)
 
 
-def _is_extreme(attempt: _Attempt) -> bool:
+def _is_extreme(sizes: list[float], sizes_b: list[float]) -> bool:
     """Tell whether the operator's squares may have left the range of float64.
 
     With right-hand sides near one the solution is far from it then, or none was found.
     """
-    if attempt.x.numel() == 0:
-        return False
-    size = attempt.x.abs().amax(dim=0)
-    low, high = size.aminmax()
-    if low > 1 / EXTREME and high < EXTREME:
-        return False
-    usual = (size > 1 / EXTREME) & (size < EXTREME)
-    return not bool((usual | ~attempt.columns.any(dim=0)).all())
+    pairs = zip(sizes, sizes_b, strict=True)
+    return any(of_b > 0 and not 1 / EXTREME < of_x < EXTREME for of_x, of_b in pairs)
 
 
-def _iterate(
+def iterate(
     method: str,
     a: LinearOperator,
     columns: Tensor,
@@ -276,7 +303,15 @@ def _iterate(
     max_iter: int,
     callback: Callback | None,
 ) -> dict[str, Any]:
-    """Improve ``x`` (n, R) in place, on the device it is on, and say what happened."""
+    """Improve ``x`` (n, R) in place, on the device it is on, and say what happened.
+
+    Returns
+    -------
+    dict
+        ``outcome``, ``iterations``, ``history``; for each column ``rhs_norms``, ``largest``, the
+        size of an element of x, and ``residual_norms``, recomputed; ``products``. The last two are
+        missing after Ctrl-C.
+    """
     if _backend.on_cuda(x):
         return cuda.iterate(method, a, columns, x, damping, inverse, tol, max_iter, callback)
     core_inverse: Any = None if inverse is None else inverse._core()

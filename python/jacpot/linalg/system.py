@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacpot.linalg.operator import DenseOperator, LinearOperator
+from jacpot.linalg.operator import DenseOperator, LinearOperator, power_of_two_above
 
 __all__ = ["EXTREME", "AffineOperator", "System", "shifted"]
 
@@ -93,7 +93,7 @@ class System:
         size = max(size, self.damping**0.5 if self.stacked else self.damping)
         if not 0 < size < math.inf or 1 / EXTREME < size < EXTREME:
             return 1.0
-        return 2.0 ** max(-1000, min(1000, math.frexp(size)[1]))
+        return power_of_two_above(size)
 
     def residual_norms(self, b: Tensor, x: Tensor) -> Tensor:
         """Recompute the norms (R,) of the residuals in float64."""
