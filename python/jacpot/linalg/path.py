@@ -12,10 +12,16 @@ from torch import Tensor
 
 from jacpot.linalg.arguments import check_limits, check_number
 from jacpot.linalg.lanczos import solve_shifted
-from jacpot.linalg.operator import DenseOperator, _as_tensor, as_operator, power_of_two
+from jacpot.linalg.operator import (
+    DenseOperator,
+    LinearOperator,
+    _as_tensor,
+    as_operator,
+    power_of_two,
+)
 from jacpot.linalg.preconditioners.cholesky import Cholesky
 from jacpot.linalg.solution import Solution, Status
-from jacpot.linalg.solve import is_symmetric, solve
+from jacpot.linalg.solve import is_symmetric, iterate, solve
 from jacpot.linalg.system import shifted
 from jacpot.ops.arrays import like
 
@@ -99,8 +105,9 @@ def solve_path(
     left = [i for i in range(len(unique)) if not bool((norms[i] <= goal).all())]
     for pole, group in _groups(left, unique):
         guess = x[:, group].nan_to_num(0.0, 0.0, 0.0)
-        x[:, group], iterations = _together(a, pole, matrix, columns, shifts[group], guess, tol)
-        norms[group] = _residual(matrix, columns, shifts[group], x[:, group]).norm(dim=0)
+        x[:, group], norms[group], iterations = _together(
+            a, pole, matrix, columns, shifts[group], guess, tol
+        )
         how.update((unique[i], ("cg path", iterations)) for i in group)
     relative = (norms / columns.norm(dim=0).clamp_min(1e-300)).amax(1).tolist()
     seconds = (time.perf_counter() - start) / len(values)
@@ -145,35 +152,36 @@ def _groups(indices: list[int], values: list[float]) -> list[tuple[float, list[i
     return [(math.exp(low + (at + 0.5) * width), group) for at, group in groups.items()]
 
 
+class _Shifted(LinearOperator):
+    """``A + shift·I`` with a shift (C,) of its own for each of the columns that it multiplies."""
+
+    def __init__(self, matrix: Tensor, shifts: Tensor) -> None:
+        self.matrix, self.shifts = matrix, shifts
+        self.shape, self.dtype = (len(matrix), len(matrix)), matrix.dtype
+        self.device = matrix.device
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.matrix @ x, x, self.shifts)
+
+
 def _together(
-    a: DenseOperator,
-    pole: float,
-    matrix: Tensor,
-    columns: Tensor,
-    shifts: Tensor,
-    x: Tensor,
+    a: DenseOperator, pole: float, matrix: Tensor, columns: Tensor, shifts: Tensor, x: Tensor,
     tol: float,
-) -> tuple[Tensor, int]:
-    """Improve x (n, S, R) by conjugate gradients, the columns of all dampings side by side."""
-    shape = x.shape
-    goal = (0.5 * tol * columns.norm(dim=0)).repeat(len(shifts))
-    r = _residual(matrix, columns, shifts, x).reshape(len(x), -1)
-    x = x.reshape(r.shape)
-    shift = shifts.repeat_interleave(columns.shape[1])
-    inverse, iterations = Cholesky().prepare(a, pole).inverse, 0
-    p = r if inverse is None else inverse._matmat(r)
-    while inverse is not None and iterations < LIMIT and bool((r.norm(dim=0) > goal).any()):
-        q = torch.addcmul(matrix @ p, p, shift)
-        curvature = (p * q).sum(0)
-        positive = curvature > 0
-        curvature = torch.where(positive, curvature, 1.0)
-        step = torch.where(positive, (p * r).sum(0) / curvature, 0.0)
-        x = x.addcmul(p, step)
-        r.addcmul_(q, step, value=-1)
-        z = inverse._matmat(r)
-        p = z.addcmul(p, (z * q).sum(0) / curvature, value=-1)
-        iterations += 1
-    return x.view(shape), iterations
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """Improve x (n, S, R) by conjugate gradients, the columns of all dampings side by side.
+
+    Returns
+    -------
+    tuple
+        x, the norms of its residuals (S, R), and the iterations.
+    """
+    operator = _Shifted(matrix, shifts.repeat_interleave(columns.shape[1]))
+    inverse = Cholesky().prepare(a, pole).inverse
+    b, flat = columns.repeat(1, len(shifts)), x.reshape(len(x), -1).contiguous()
+    limit = 0 if inverse is None else LIMIT
+    result = iterate("cg", operator, b, flat, 0.0, inverse, 0.5 * tol, limit, None)
+    norms = torch.tensor(result["residual_norms"], dtype=torch.float64, device=x.device)
+    return flat.view(x.shape), norms.view(x.shape[1:]), result["iterations"]
 
 
 def _one_by_one(a: Any, rhs: Any, values: list[float], tol: float) -> list[Solution]:
