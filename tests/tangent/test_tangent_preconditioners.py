@@ -91,3 +91,25 @@ def test_the_wrong_space_is_refused():
         TraceKernel().prepare(GaussNewtonOperator(operator(n=3)), 1.0)
     with pytest.raises(TypeError, match="primal"):
         Kronecker().prepare(KernelOperator(operator(n=3)), 1.0)
+
+
+@pytest.mark.parametrize("preconditioner", ["diagonal", "kronecker", Kronecker()])
+def test_lsmr_takes_one_of_the_primal(preconditioner):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(200, 6) * torch.logspace(0, 2, 6), torch.randn(200, 3)
+    options = {"ridge": 0.1, "tol": 1e-8}
+    lin = jacpot.linearize(net)
+    plain = lin.fit(x, y, method="lsmr", **options).raise_if_failed()
+    helped = lin.fit(x, y, method="lsmr", preconditioner=preconditioner, **options)
+    assert helped.raise_if_failed().iterations < plain.iterations
+    assert helped.preconditioner != "none"
+    torch.testing.assert_close(helped.x, plain.x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "ridge"), [("svd", 0.1), ("lsmr", 0.0), ("auto", 0.0)])
+def test_a_preconditioner_that_would_be_ignored_or_change_the_answer_is_refused(method, ridge):
+    lin, x = jacpot.linearize(nn.Linear(3, 1)), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="argument 'preconditioner' must be 'auto' here"):
+        lin.fit(x, x[:, :1], ridge=ridge, method=method, preconditioner="diagonal")
+    assert lin.fit(x, x[:, :1], ridge=ridge, method=method, preconditioner=None).converged

@@ -150,6 +150,9 @@ class JacobianOperator(LinearOperator):
         exact = None if self.dtype == torch.float64 else general
         return core.JacobianOperator(form, blocks, self.shape[0], exact, threads())
 
+    def _normal(self) -> LinearOperator:
+        return GaussNewtonOperator(self)
+
     def _core(self) -> Any:
         return self.compiled("jacobian", super()._core())
 

@@ -56,7 +56,8 @@ def fit_squared(
         One of `METHODS`.
     preconditioner
         As in :func:`jacpot.solve`, an object of `jacpot.tangent.preconditioners`, or the name of
-        one: ``"auto"``, ``"trace"`` (dual) or ``"kronecker"`` (primal).
+        one: ``"auto"``, ``"trace"`` (dual) or ``"kronecker"`` (primal, lsmr). With ``"lsmr"`` only
+        where there is a ridge, and not with ``"svd"``.
     start
         First Δ (P,), or None.
     tol, max_iter, callback
@@ -68,13 +69,19 @@ def fit_squared(
         ``x`` is Δ (P,) in float64; ``details["dual"]`` is α (N·K,) where the dual was solved.
     """
     check_limits(tol, max_iter)
+    automatic = preconditioner in (None, "none", "auto")
     preconditioner = named(preconditioner)
     r = residual.double().reshape(-1)
     method = _choose(method, jacobian, ridge)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "callback": callback}
+    if not automatic and (method == "svd" or (method == "lsmr" and ridge == 0)):
+        why = "is direct" if method == "svd" else "gives the least norm only without one"
+        raise ValueError(f"argument 'preconditioner' must be 'auto' here: method {method!r} {why}")
     if method == "svd":
         return _least_norm(jacobian, r, ridge, tol)
     if method == "lsmr":
+        if not automatic:
+            options["preconditioner"] = preconditioner
         return solve(jacobian, r, damping=ridge, method="lsmr", x0=start, **options)
     options["preconditioner"] = preconditioner
     if method == "primal":
