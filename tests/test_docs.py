@@ -6,12 +6,15 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import jacpot
 
+ROOT = Path(__file__).parents[1]
 MODULES = ["jacpot"] + [
     found.name
     for found in pkgutil.walk_packages(jacpot.__path__, "jacpot.")
@@ -50,3 +53,9 @@ def test_public_names_have_examples(name: str):
         and ">>>" not in (value.__doc__ or "")
     ]
     assert without == []
+
+
+def test_the_citation_names_this_version():
+    found = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert found is not None
+    assert found[1] == jacpot.build_info()["version"]
