@@ -173,6 +173,8 @@ def test_recurrent_layers_are_refused_not_ignored():
         tickets.apply(layer, mask)
     with pytest.raises(ValueError, match="belongs to a recurrent layer"):
         tickets.supermask(layer)
+    with pytest.raises(ValueError, match="belongs to a recurrent layer"):
+        tickets.imp(layer, pytest.fail, rewind=3)
     cell = nn.LSTMCell(3, 4, bias=False)
     with tickets.applied(cell, ~Mask.ones(cell)):
         assert (cell(torch.randn(2, 3))[0] == 0).all()

@@ -227,3 +227,26 @@ def test_flow_refuses_indices():
         tickets.score.synflow(net, x)
     with pytest.raises(TypeError, match="indices of an embedding"):
         tickets.inspect(net, tickets.Mask.ones(net), x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1])
+
+
+def test_recurrent_layers_are_scored_at_their_masked_weights():
+    torch.manual_seed(0)
+    net, x, y = Recurrent().double(), torch.randn(5, 6, 3).double(), torch.tensor([0, 1, 1, 0, 1])
+    mask = {name: torch.rand(kept.shape) < 0.6 for name, kept in Mask.ones(net).items()}
+    scores = tickets.score.snip(net, x, y, mask=mask)
+    with torch.no_grad():
+        for name, kept in mask.items():
+            net.get_parameter(name).mul_(kept)
+    nn.functional.cross_entropy(net(x), y).backward()
+    for name, found in scores.items():
+        weight = net.get_parameter(name)
+        torch.testing.assert_close(found, (weight * weight.grad).abs())

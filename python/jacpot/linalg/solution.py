@@ -40,7 +40,8 @@ class Status(Enum):
 
 
 _MESSAGES = {
-    "converged": "the residual, recomputed in float64, is below the tolerance",
+    "converged": "the residual, recomputed in float64, is below the tolerance; of a least-squares "
+    "problem, its product with the transpose",
     "stagnated": "stagnated at the attainable accuracy; more damping, a larger tolerance or a "
     "float64 operator would help",
     "iteration_limit": "the iteration limit was reached; raise max_iter or use a preconditioner",
@@ -81,7 +82,8 @@ class Solution:
     iterations : int
         Of the method; block and several-column methods count one for all columns.
     residual_norm, relative_residual : float
-        Recomputed from ``x`` in float64; of several right-hand sides the worst relative one.
+        Recomputed from ``x`` in float64; of several right-hand sides the worst relative one. Of a
+        least-squares problem some of it stays: see :func:`jacpot.solve`.
     history : list of float
         Worst relative residual after each iteration, as the method's recurrence has it.
     method, preconditioner : str

@@ -103,9 +103,10 @@ def solve(
     Returns
     -------
     Solution
-        Converged means that the residual recomputed from ``solution.x`` in float64 is below the
-        tolerance.  Without convergence nothing is raised: see ``solution.status``, or call
-        ``solution.raise_if_failed()``.
+        Converged means that the residual r recomputed from ``solution.x`` in float64 is below the
+        tolerance; of a least-squares problem, where some of it stays, ``‖Aᵀ r‖`` relative to
+        ``‖A‖ ‖r‖`` (Paige & Saunders 1982). Without convergence nothing is raised: see
+        ``solution.status``, or call ``solution.raise_if_failed()``.
 
     Raises
     ------

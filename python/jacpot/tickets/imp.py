@@ -134,6 +134,7 @@ def imp(
     """
     _check(rounds, prune_fraction, rewind, layer_fractions, scope)
     first = chosen_mask(module, mask)
+    apply(copy.deepcopy(module), first)  # what cannot wear it is refused before anything is trained
     for name in layer_fractions or {}:
         if name not in first:
             raise ValueError(f"argument 'layer_fractions': {name!r} is not among {list(first)}")
