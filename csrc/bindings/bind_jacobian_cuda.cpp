@@ -8,16 +8,16 @@
 namespace jacpot {
 namespace {
 
-// Activations of any strides, which inputs are picked from one by one under a mask.
 Factors factors_on(cuda::Queue queue, const py::handle& pair, const Array& like) {
   Factors out(pair.cast<py::tuple>(), device_of(queue));
   out.activations.expect_dtype({like.dtype()});
+  Factors::expect_unit_stride(out.activations, 3);
   Factors::expect_unit_stride(out.signals, 4);
   return out;
 }
 
-// layers: tuples (left, right or None, row offsets or None, columns or None, bias), where left and
-// right are pairs (activations, signals). out: (N, K, M, K), (N, M) or (N, M, K).
+// layers: tuples (left, right or None, bias), where left and right are pairs (activations,
+// signals). out: (N, K, M, K), (N, M) or (N, M, K).
 void tangent_gram(const py::list& layers, const std::string& outputs, const std::string& precision,
                   py::handle out, int device, std::uintptr_t stream) {
   const cuda::Queue queue{device, stream};
@@ -37,7 +37,7 @@ void tangent_gram(const py::list& layers, const std::string& outputs, const std:
   const Array result(out, "out", Access::write);
   result.expect_device(device_of(queue)).expect_contiguous();
   dispatch_float(result, [&]<class T>() {
-    std::vector<CudaGramLayer<T>> list;
+    std::vector<GramLayer<T>> list;
     std::vector<Array> alive;
     std::int64_t n = 0, m = 0, k = 0;
     bool symmetric = true;
@@ -52,27 +52,15 @@ void tangent_gram(const py::list& layers, const std::string& outputs, const std:
       k = left.signals.shape(1);
       right.signals.expect_shape({m, k, left.activations.shape(1), groups, units});
       right.activations.expect_shape({m, Array::any, groups, left.activations.shape(3)});
-      CudaGramLayer<T> layer;
+      GramLayer<T> layer;
       layer.positions = left.activations.shape(1);
       layer.inputs = left.activations.shape(3);
       layer.outputs = units;
-      layer.left_input = left.activations.stride(3);
-      layer.right_input = right.activations.stride(3);
-      layer.bias = entry[4].cast<bool>();
-      const std::int64_t* offsets = nullptr;
-      if (!entry[2].is_none()) {
-        const Array row_offsets =
-            on_queue(entry[2], "row_offsets", queue, {DType::int64}, {groups * units + 1});
-        const Array columns = on_queue(entry[3], "columns", queue, {DType::int32}, {Array::any});
-        offsets = static_cast<const std::int64_t*>(row_offsets.data());
-        layer.columns = static_cast<const std::int32_t*>(columns.data());
-        alive.insert(alive.end(), {row_offsets, columns});
-      }
+      layer.bias = entry[2].cast<bool>();
       alive.insert(alive.end(), {left.activations, left.signals, right.activations, right.signals});
       for (std::int64_t g = 0; g < groups; ++g) {
         layer.left = left.group<T>(g);
         layer.right = right.group<T>(g);
-        layer.row_offsets = offsets ? offsets + g * units : nullptr;
         list.push_back(layer);
       }
     }
@@ -92,6 +80,40 @@ void tangent_gram(const py::list& layers, const std::string& outputs, const std:
       const py::gil_scoped_release release;
       status = cuda_gram<T>(list, symmetric, n, m, k, wanted, allowed,
                             static_cast<T*>(result.data()), queue);
+    }
+    raise_if_failed(status, "gram");
+  });
+}
+
+// products (U, N, M), left (N, K, U), right (M, K, U) -> out (N, K, M, K).
+void add_units(py::handle products, py::handle left, py::handle right, bool symmetric,
+               py::handle out, int device, std::uintptr_t stream) {
+  const cuda::Queue queue{device, stream};
+  const Array result(out, "out", Access::write);
+  result.expect_device(device_of(queue)).expect_contiguous();
+  result.expect_shape({Array::any, Array::any, Array::any, Array::any});
+  const std::int64_t n = result.shape(0), k = result.shape(1), m = result.shape(2);
+  result.expect_shape({n, k, m, k});
+  const Array weights = on_queue(products, "products", queue, {result.dtype()}, {Array::any, n, m});
+  const std::int64_t units = weights.shape(0);
+  const auto signals = [&](py::handle object, const char* name, std::int64_t examples) {
+    Array array(object, name);
+    array.expect_like(result).expect_shape({examples, k, units});
+    Factors::expect_unit_stride(array, 2);
+    return array;
+  };
+  const Array rows = signals(left, "left", n), columns = signals(right, "right", m);
+  dispatch_float(result, [&]<class T>() {
+    const auto side = [](const Array& a) {
+      return typename CudaGramUnits<T>::Side{static_cast<const T*>(a.data()), a.stride(0),
+                                             a.stride(1)};
+    };
+    Status status;
+    {
+      const py::gil_scoped_release release;
+      status = cuda_add_units<T>(
+          {units, static_cast<const T*>(weights.data()), side(rows), side(columns)}, symmetric, n,
+          m, k, static_cast<T*>(result.data()), queue);
     }
     raise_if_failed(status, "gram");
   });
@@ -125,6 +147,9 @@ void bind_jacobian_cuda(py::module_& m) {
   m.def("jacobian_gram", &tangent_gram, py::arg("layers"), py::arg("outputs"), py::arg("precision"),
         py::arg("out"), py::arg("device"), py::arg("stream"),
         "The fused Gram matrix of layers that are given as factors.");
+  m.def("jacobian_add_units", &add_units, py::arg("products"), py::arg("left"), py::arg("right"),
+        py::arg("symmetric"), py::arg("out"), py::arg("device"), py::arg("stream"),
+        "Adds products of signals, weighted by products of the activations that a unit keeps.");
   m.def("jacobian_signs", &draw_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
         py::arg("out"), py::arg("device"), py::arg("stream"),
         "Random signs that depend on their position and the seed alone.");

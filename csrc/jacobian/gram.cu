@@ -33,9 +33,11 @@ __device__ __forceinline__ void load_own(const T* row, int thread, T (&out)[Own]
 template <class T>
 struct Plain {
   using Type = T;
-  static constexpr int tile = sizeof(T) == 4 ? 128 : 64, chunk = 16;
+  static constexpr int tile = sizeof(T) == 4 ? 128 : 64;
+  template <int Edge>
+  static constexpr int chunk = Edge == tile ? 16 : 8 * tile / Edge;
   static constexpr int pad = Pack<T>::size;  // keeps 16-byte accesses aligned, moves the banks
-  static constexpr int staged = chunk * (tile + pad);
+  static constexpr int staged = 16 * (tile + pad);
   static constexpr bool rows_contiguous = false;
 
   template <int Edge>
@@ -68,6 +70,7 @@ struct Plain {
   static __device__ __forceinline__ void multiply(const T* left, const T* right, int depth,
                                                   Sums<Edge>& sums) {
     constexpr int own = Edge / side;
+    static_assert(chunk<Edge> * (Edge + pad) <= staged);
     const int y = static_cast<int>(threadIdx.x) / side, x = static_cast<int>(threadIdx.x) % side;
     const auto step = [&](int inner) {
       T a[own], b[own];
@@ -78,9 +81,9 @@ struct Plain {
 #pragma unroll
         for (int j = 0; j < own; ++j) sums.value[i][j] += a[i] * b[j];
     };
-    if (depth == chunk) {
+    if (depth == chunk<Edge>) {
 #pragma unroll
-      for (int inner = 0; inner < chunk; ++inner) step(inner);
+      for (int inner = 0; inner < chunk<Edge>; ++inner) step(inner);
     } else {
 #pragma unroll 1
       for (int inner = 0; inner < depth; ++inner) step(inner);
@@ -92,7 +95,7 @@ struct Plain {
 }  // namespace gram_tiles
 
 template <class T>
-Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, std::int64_t n,
+Status cuda_gram(const std::vector<GramLayer<T>>& layers, bool symmetric, std::int64_t n,
                  std::int64_t m, std::int64_t k, GramOutputs outputs, CudaGramPrecision precision,
                  T* out, cuda::Queue queue) {
   using namespace gram_tiles;
@@ -136,10 +139,10 @@ Status cuda_gram(const std::vector<CudaGramLayer<T>>& layers, bool symmetric, st
   return {};
 }
 
-template Status cuda_gram<float>(const std::vector<CudaGramLayer<float>>&, bool, std::int64_t,
+template Status cuda_gram<float>(const std::vector<GramLayer<float>>&, bool, std::int64_t,
                                  std::int64_t, std::int64_t, GramOutputs, CudaGramPrecision, float*,
                                  cuda::Queue);
-template Status cuda_gram<double>(const std::vector<CudaGramLayer<double>>&, bool, std::int64_t,
+template Status cuda_gram<double>(const std::vector<GramLayer<double>>&, bool, std::int64_t,
                                   std::int64_t, std::int64_t, GramOutputs, CudaGramPrecision,
                                   double*, cuda::Queue);
 

@@ -38,8 +38,12 @@ struct Share {
 template <bool Split>
 struct Tensor {
   using Type = float;
-  static constexpr int tile = tensor_tile, chunk = 32, pad = 4, pitch = chunk + pad;
-  static constexpr int staged = tile * pitch;
+  static constexpr int tile = tensor_tile, pad = 4;
+  template <int Edge>
+  static constexpr int chunk = Edge == tile ? 32 : 16 * tile / Edge;
+  template <int Edge>
+  static constexpr int pitch = chunk<Edge> + pad;
+  static constexpr int staged = tile * pitch<tile>;
   static constexpr bool rows_contiguous = true;
 
   template <int Edge>
@@ -49,7 +53,7 @@ struct Tensor {
 
   template <int Edge>
   static __device__ __forceinline__ int place(int row, int d) {
-    return row * pitch + d;
+    return row * pitch<Edge> + d;
   }
 
   template <int Edge, class F>
@@ -76,11 +80,12 @@ struct Tensor {
   static __device__ __forceinline__ void multiply(const float* left, const float* right, int depth,
                                                   Sums<Edge>& sums) {
     using Number = Parts<Split>;
+    static_assert(Edge * pitch<Edge> <= staged);
     const Share<Edge> share;
     if (!share.active) return;
     const int g = share.lane / 4, t = share.lane % 4;
-    const float* rows = left + (share.row + g) * pitch + t;
-    const float* columns = right + (share.column + g) * pitch + t;
+    const float* rows = left + (share.row + g) * pitch<Edge> + t;
+    const float* columns = right + (share.column + g) * pitch<Edge> + t;
 #pragma unroll 1
     for (int k = 0; k < depth; k += depth_of_one) {
       float big[share.columns][2], small[share.columns][2];
@@ -88,7 +93,7 @@ struct Tensor {
       for (int n = 0; n < share.columns; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const Number x(columns[n * mma_columns * pitch + k + i * 4]);
+          const Number x(columns[n * mma_columns * pitch<Edge> + k + i * 4]);
           big[n][i] = x.big;
           small[n][i] = x.small;
         }
@@ -97,7 +102,7 @@ struct Tensor {
         float big_row[4], small_row[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Number x(rows[(m * mma_rows + i % 2 * 8) * pitch + k + i / 2 * 4]);
+          const Number x(rows[(m * mma_rows + i % 2 * 8) * pitch<Edge> + k + i / 2 * 4]);
           big_row[i] = x.big;
           small_row[i] = x.small;
         }

@@ -1,7 +1,8 @@
 // The kernel of gram_cuda.hpp, over a core that multiplies two tiles.
 //
 // A core tells the sizes of a tile and of the chunks of the inner index it is staged in, where an
-// element of a chunk lies in shared memory, and which elements of a tile of sums a thread owns.
+// element of a chunk lies in shared memory, and which elements of a tile of sums a thread owns. Of
+// few rows, chunks are long: each costs the time in which memory answers.
 // gram.cu has the one of ordinary multiply-adds, gram_tensor.cu that of tensor cores.
 #pragma once
 
@@ -17,7 +18,7 @@ inline constexpr int max_layers = 12;  // of one launch: kernel arguments are li
 
 template <class T>
 struct Arguments {
-  CudaGramLayer<T> layers[max_layers];
+  GramLayer<T> layers[max_layers];
   int n_layers;
   bool symmetric, accumulate;
   std::int64_t n, m, width;   // examples; outputs of an example that are rows of their own
@@ -41,14 +42,12 @@ struct Shared {
   int row_example[Core::tile], column_example[Core::tile];  // places in `activations`
 };
 
-// One side's rows of a product: base + segment · segment_stride + offsets[row] + d · stride, or
-// columns[d] in place of d.
+// One side's rows of a product: base + segment · segment_stride + offsets[row] + d.
 template <class T>
 struct Operand {
   const T* base;
   const std::int64_t* offsets;
-  std::int64_t stride, segment_stride;
-  const std::int32_t* columns;
+  std::int64_t segment_stride;
   bool aligned;  // every row of every segment begins at a multiple of 16 bytes
 };
 
@@ -64,11 +63,11 @@ __device__ __forceinline__ bool at_sixteen_bytes(const T* base, std::int64_t str
 template <class Core, int Edge, class T>
 __device__ __forceinline__ void stage(const Operand<T>& from, std::int64_t segment,
                                       std::int64_t first, std::int64_t depth, T* staged) {
-  constexpr int chunk = Core::chunk;
+  constexpr int chunk = Core::template chunk<Edge>;
   const T* base = from.base + segment * from.segment_stride;
   const int thread = static_cast<int>(threadIdx.x);
   if constexpr (Core::rows_contiguous) {
-    if (from.aligned && from.stride == 1 && from.columns == nullptr) {
+    if (from.aligned) {
       constexpr int size = Pack<T>::size;
       for (int e = thread; e < Edge * chunk / size; e += threads) {
         const int row = e / (chunk / size), d = e % (chunk / size) * size;
@@ -81,16 +80,13 @@ __device__ __forceinline__ void stage(const Operand<T>& from, std::int64_t segme
       return;
     }
   }
-  // Threads follow the inner index where it is contiguous, the rows where these are.
-  const bool along = from.stride == 1;
 #pragma unroll 4
   for (int e = thread; e < Edge * chunk; e += threads) {
-    const int row = along ? e / chunk : e % Edge, d = along ? e % chunk : e / Edge;
-    const std::int64_t offset = from.offsets[row], inner = first + d;
-    const bool there = offset >= 0 && inner < depth;
-    const T* at = from.base;
-    if (there) at = base + offset + (from.columns ? from.columns[inner] : inner) * from.stride;
-    copy_async<sizeof(T)>(staged + Core::template place<Edge>(row, d), at,
+    const int row = e / chunk, d = e % chunk;
+    const std::int64_t offset = from.offsets[row];
+    const bool there = offset >= 0 && first + d < depth;
+    copy_async<sizeof(T)>(staged + Core::template place<Edge>(row, d),
+                          there ? base + offset + first + d : from.base,
                           there ? static_cast<int>(sizeof(T)) : 0);
   }
 }
@@ -112,8 +108,9 @@ __device__ __forceinline__ void multiply(const Operand<T>& left, const Operand<T
   if (depth <= 0) segments = 0;
   stage_next(0);
   for (int buffer = 0; segment < segments; buffer ^= 1) {
-    const int inner = static_cast<int>(smaller<std::int64_t>(Core::chunk, depth - first));
-    first += Core::chunk;
+    constexpr int chunk = Core::template chunk<Edge>;
+    const int inner = static_cast<int>(smaller<std::int64_t>(chunk, depth - first));
+    first += chunk;
     if (first >= depth) {
       first = 0;
       ++segment;
@@ -150,7 +147,7 @@ __global__ __launch_bounds__(threads, 1) void gram_tile(
 
   typename Core::template Sums<tile> total{};
   for (int index = 0; index < arguments.n_layers; ++index) {
-    const CudaGramLayer<T>& layer = arguments.layers[index];
+    const GramLayer<T>& layer = arguments.layers[index];
     for (int i = static_cast<int>(threadIdx.x); i < tile; i += threads) {
       const auto begin = [&](const GramFactors<T>& factors, std::int64_t at) {
         return at / width * factors.signals_example + (at % width + plane) * factors.signals_output;
@@ -167,59 +164,67 @@ __global__ __launch_bounds__(threads, 1) void gram_tile(
       }
     }
     __syncthreads();
-    // Under a mask the columns of one output unit factorise, those of different units do not.
-    const std::int64_t units = layer.row_offsets ? layer.outputs : 1;
-    const std::int64_t depth = layer.row_offsets ? 1 : layer.outputs;
     for (std::int64_t t = 0; t < layer.positions; ++t)
-      for (std::int64_t s = 0; s < layer.positions; ++s)
-        for (std::int64_t o = 0; o < units; ++o) {
-          const std::int64_t begin = layer.row_offsets ? layer.row_offsets[o] : 0;
-          const std::int64_t inputs =
-              layer.row_offsets ? layer.row_offsets[o + 1] - begin : layer.inputs;
-          const std::int32_t* kept = layer.row_offsets ? layer.columns + begin : nullptr;
-          const auto activations = [&](const GramFactors<T>& of, std::int64_t position,
-                                       const std::int64_t* offsets, std::int64_t stride) {
-            const T* base = of.activations + position * of.activations_position;
-            return Operand<T>{base, offsets, stride,
-                              0,    kept,    at_sixteen_bytes(base, of.activations_example, 0)};
-          };
-          const auto signals = [&](const GramFactors<T>& of, std::int64_t position,
-                                   const std::int64_t* offsets) {
-            const T* base = of.signals + position * of.signals_position + o;
-            return Operand<T>{
-                base,    offsets,
-                1,       of.signals_output,
-                nullptr, at_sixteen_bytes(base, of.signals_example, of.signals_output)};
-          };
-          typename Core::template Sums<Edge> products{};
-          multiply<Core, Edge>(
-              activations(layer.left, t, shared.activation_row, layer.left_input),
-              activations(layer.right, s, shared.activation_column, layer.right_input), inputs, 1,
-              shared, products);
-          Core::template for_each<Edge>(products, [&](T& product, int i, int j) {
-            shared.activations[i * Memory::pitch + j] = product + (layer.bias ? T(1) : T(0));
-          });
-          typename Core::template Sums<tile> sums{};
-          multiply<Core, tile>(signals(layer.left, t, shared.signal_row),
-                               signals(layer.right, s, shared.signal_column), depth,
-                               arguments.summed, shared, sums);
-          Core::template for_each_pair<tile>(total, sums, [&](T& to, T sum, int r, int c) {
-            to += shared.activations[shared.row_example[r] + shared.column_example[c]] * sum;
-          });
-        }
+      for (std::int64_t s = 0; s < layer.positions; ++s) {
+        const auto activations = [&](const GramFactors<T>& of, std::int64_t position,
+                                     const std::int64_t* offsets) {
+          const T* base = of.activations + position * of.activations_position;
+          return Operand<T>{base, offsets, 0, at_sixteen_bytes(base, of.activations_example, 0)};
+        };
+        const auto signals = [&](const GramFactors<T>& of, std::int64_t position,
+                                 const std::int64_t* offsets) {
+          const T* base = of.signals + position * of.signals_position;
+          return Operand<T>{base, offsets, of.signals_output,
+                            at_sixteen_bytes(base, of.signals_example, of.signals_output)};
+        };
+        typename Core::template Sums<Edge> products{};
+        multiply<Core, Edge>(activations(layer.left, t, shared.activation_row),
+                             activations(layer.right, s, shared.activation_column), layer.inputs, 1,
+                             shared, products);
+        Core::template for_each<Edge>(products, [&](T& product, int i, int j) {
+          shared.activations[i * Memory::pitch + j] = product + (layer.bias ? T(1) : T(0));
+        });
+        typename Core::template Sums<tile> sums{};
+        multiply<Core, tile>(signals(layer.left, t, shared.signal_row),
+                             signals(layer.right, s, shared.signal_column), layer.outputs,
+                             arguments.summed, shared, sums);
+        Core::template for_each_pair<tile>(total, sums, [&](T& to, T sum, int r, int c) {
+          to += shared.activations[shared.row_example[r] + shared.column_example[c]] * sum;
+        });
+      }
   }
 
-  // A tile on the diagonal writes its upper half to both, so that the result is exactly symmetric.
+  // In strips through shared memory, from which neighbouring threads write neighbours: of the
+  // mirror image too. A tile on the diagonal writes its upper half to both, so that the result is
+  // exactly symmetric.
+  constexpr int strip = 32, pitch = tile + 1;
+  static_assert(strip * pitch <= 4 * Core::staged);
+  T* strip_sums = shared.left[0];
   const bool diagonal = arguments.symmetric && blockIdx.x == blockIdx.y;
-  const std::int64_t pitch = arguments.m * width, planes = arguments.planes;
-  Core::template for_each<tile>(total, [&](T& value, int r, int c) {
-    if (r >= rows || c >= columns || (diagonal && r > c)) return;
-    T* to = arguments.out + ((row0 + r) * pitch + column0 + c) * planes + plane;
-    const T sum = arguments.accumulate ? *to + value : value;
-    *to = sum;
-    if (arguments.symmetric)
-      arguments.out[((column0 + c) * pitch + row0 + r) * planes + plane] = sum;
-  });
+  const std::int64_t across = arguments.m * width, planes = arguments.planes;
+  for (int begin = 0; begin < tile; begin += strip) {
+    Core::template for_each<tile>(total, [&](T& value, int r, int c) {
+      if (r >= begin && r < begin + strip) strip_sums[(r - begin) * pitch + c] = value;
+    });
+    __syncthreads();
+    for (int e = static_cast<int>(threadIdx.x); e < strip * tile; e += threads) {
+      const int r = begin + e / tile, c = e % tile;
+      if (r >= rows || c >= columns || (diagonal && r > c)) continue;
+      T* to = arguments.out + ((row0 + r) * across + column0 + c) * planes + plane;
+      T& sum = strip_sums[e / tile * pitch + c];
+      if (arguments.accumulate) sum += *to;
+      *to = sum;
+    }
+    __syncthreads();
+    if (!arguments.symmetric) continue;
+    for (int e = static_cast<int>(threadIdx.x); e < strip * tile; e += threads) {
+      const int c = e / strip, r = begin + e % strip;
+      if (r >= rows || c >= columns || (diagonal && r > c)) continue;
+      arguments.out[((column0 + c) * across + row0 + r) * planes + plane] =
+          strip_sums[e % strip * pitch + c];
+    }
+    __syncthreads();
+  }
 }
 
 template <class Core, int Edge>

@@ -326,3 +326,35 @@ def test_refusals(kernels):
         cuda.jacobian_gram([((a, strided), None, None, None, False)], "trace", out, 1)
     with pytest.raises(ValueError, match=r"'out' must have shape \(2, 2\), got \(3, 2\)"):
         cuda.jacobian_gram([((a, s), None, None, None, False)], "trace", torch.empty(3, 2), 1)
+
+
+@pytest.mark.parametrize("precision", ["exact", "3xtf32", "tf32"])
+def test_precision_of_rows(kernels, monkeypatch, precision):
+    """Plain products follow what was asked for, whatever PyTorch was told, and leave that alone."""
+    asked = []
+    product = cuda.jacobian_add_row_products
+
+    def record(*arguments):
+        asked.append(torch.get_float32_matmul_precision())
+        product(*arguments)
+
+    monkeypatch.setattr(cuda, "jacobian_add_row_products", record)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ops.gram([ops.Rows(torch.randn(3, 2, 5))], precision=precision)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(asked) == {"high" if precision == "tf32" else "highest"}
+
+
+def test_masked_layers_are_added_in_panels_of_units(kernels, monkeypatch):
+    monkeypatch.setattr(cuda, "PANEL_BYTES", 2000)
+    a, s, mask = factors(5, 3, 2, 2, 7, 11, torch.float64, 2, 0.4)
+    rows = rows_of([(a, s, mask)], True)
+    for outputs in ("full", "trace", "diagonal"):
+        shape = {"full": (5, 3, 5, 3), "trace": (5, 5), "diagonal": (5, 5, 3)}[outputs]
+        out = torch.full(shape, torch.nan).double()
+        cuda.jacobian_gram([((a, s), None, *layout(mask), True)], outputs, out, 1)
+        close(out, oracle.gram(rows, rows, outputs), torch.float64)

@@ -6,7 +6,8 @@ products with sparse weights, the signs of a sketch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "jacobian_sparse_sketch",
     "jacobian_vjp",
     "jacobian_windows",
+    "matmul_precision",
 ]
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # activations (N, T, G, I), signals (N, K, T, G, O)
@@ -38,21 +40,96 @@ def jacobian_gram(
     layers: Sequence[Layer], outputs: str, out: Tensor, threads: int, precision: str = "exact"
 ) -> None:
     """Write the fused Gram matrix of layers that are given as factors."""
-    kernels, queue = _backend.cuda(), _backend.queue(out)
-    prepared = []
-    for left, right, row_offsets, columns, bias in layers:
-        # Under a mask, inputs are picked one by one: examples must then be what is contiguous.
-        masked = row_offsets is not None
-        a = _by_example(left[0]) if masked else left[0]
-        other = right
-        if masked and right is not None:
-            other = (_by_example(right[0]), right[1])
-        prepared.append(((a, left[1]), other, row_offsets, columns, bias))
-    kernels.jacobian_gram(prepared, outputs, precision, out, *queue)
+    whole = [(left, right, bias) for left, right, offsets, _, bias in layers if offsets is None]
+    if whole:
+        _backend.cuda().jacobian_gram(whole, outputs, precision, out, *_backend.queue(out))
+    else:
+        out.zero_()
+    masked = [layer for layer in layers if layer[2] is not None]
+    for layer in masked:
+        _add_masked(layer, outputs, out)
+    if masked and layers[0][1] is None:  # plain products need not round the two triangles alike
+        _mirror(out, outputs)
 
 
-def _by_example(activations: Tensor) -> Tensor:
-    return activations.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+def _add_masked(layer: Layer, outputs: str, out: Tensor) -> None:
+    """Add a layer whose output units keep inputs of their own, a panel of units at a time."""
+    (a, s), right, offsets, columns, bias = layer
+    assert offsets is not None
+    assert columns is not None
+    b, d = (a, s) if right is None else right
+    (n, t, g, i), m, o = a.shape, len(b), s.shape[4]
+    counts = offsets.diff()
+    longest = int(counts.max()) if len(counts) else 0  # waits for the device, once a layer
+    # Which inputs a unit keeps; behind them, one that is zero.
+    kept = torch.full((g * o, longest), i, device=a.device)
+    unit = torch.repeat_interleave(
+        torch.arange(g * o, device=a.device), counts, output_size=len(columns)
+    )
+    kept[unit, torch.arange(len(columns), device=a.device) - offsets[unit]] = columns.long()
+    step = max(1, PANEL_BYTES // (a.element_size() * max(1, n * m + (n + m) * longest)))
+
+    def gathered(x: Tensor, position: int, group: int, units: slice) -> Tensor:
+        inputs = torch.cat([x[:, position, group], x.new_zeros(len(x), 1)], 1).T.contiguous()
+        return inputs[kept[group * o : (group + 1) * o][units]]  # (units, longest, N)
+
+    for group in range(g):
+        for left in range(t):
+            for other in range(t):
+                for start in range(0, o, step):
+                    units = slice(start, min(o, start + step))
+                    x = gathered(a, left, group, units)
+                    y = x
+                    if b is not a or other != left:
+                        y = gathered(b, other, group, units)
+                    with matmul_precision("exact"):
+                        products = torch.bmm(x.transpose(1, 2), y)
+                    if bias:
+                        products += 1
+                    signals = s[:, :, left, group, units], d[:, :, other, group, units]
+                    _add_units(products, *signals, outputs, right is None, out)
+
+
+def _add_units(
+    products: Tensor, left: Tensor, right: Tensor, outputs: str, symmetric: bool, out: Tensor
+) -> None:
+    """``out += Σ_u products[u] · left[:, :, u] · right[:, :, u]`` for the outputs asked for.
+
+    Products (U, N, M), signals (N, K, U) and (M, K, U).
+    """
+    n, k = left.shape[:2]
+    if outputs == "full" and k > 1:
+        _backend.cuda().jacobian_add_units(
+            products, left, right, symmetric, out, *_backend.queue(out)
+        )
+    elif outputs == "diagonal":
+        for j in range(k):
+            each = left[:, j].T[:, :, None] * right[:, j].T[:, None, :]
+            out[:, :, j] += each.mul_(products).sum(0)
+    else:
+        with matmul_precision("exact"):
+            each = torch.bmm(left.permute(2, 0, 1), right.permute(2, 1, 0))
+        out.view(n, -1).add_(each.mul_(products).sum(0))
+
+
+def _mirror(out: Tensor, outputs: str) -> None:
+    if outputs == "diagonal":
+        upper = out.permute(2, 0, 1).triu()
+        out.copy_((upper + upper.triu(1).transpose(1, 2)).permute(1, 2, 0))
+    else:
+        rows = len(out) if outputs == "trace" else out.shape[0] * out.shape[1]
+        jacobian_mirror(out.view(rows, rows), 1)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let plain products of float32 run on tensor cores, rounded to TF32, or exactly."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def jacobian_mirror(out: Tensor, threads: int) -> None:

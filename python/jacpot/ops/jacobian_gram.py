@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -61,7 +62,8 @@ def gram(
         How inexact products of float32 factors may be on a GPU, where tensor cores are faster.
         ``"exact"``: float32 itself. ``"3xtf32"``: of numbers split into two TF32 numbers each.
         ``"tf32"``: of numbers rounded to TF32. Everything else is exact at any precision: float64,
-        the CPU, and rows that do not come from factors.
+        the CPU, and factors under a mask. Rows, where they cost less than factors, know ``"exact"``
+        and ``"tf32"`` only; ``"3xtf32"`` is exact for them.
 
     Returns
     -------
@@ -78,7 +80,8 @@ def gram(
     -----
     Where every layer has one position, rounding to TF32 changes an entry ``Θ[n,k,m,l]`` by at most
     2⁻⁹ (2e-3) of ``√(Θ[n,k,n,k] Θ[m,l,m,l])``, and splitting by at most 2⁻¹⁹ (2e-6) of it. With
-    several positions, that of a layer counts as ``Σ_t ‖a_t‖ ‖δ_t‖`` in place of its row's norm.
+    several positions, that of a layer counts as ``Σ_t ‖a_t‖ ‖δ_t‖`` in place of its row's norm, and
+    where its rows are generated from rounded factors and rounded again, once and a half.
     Sums are in float32 and cut off, not rounded, after every eight products: a relative 2⁻²³ each.
 
     Examples
@@ -177,11 +180,13 @@ def prepared(
     elif fused:
         run = _backend.core.JacobianGram(fused, outputs, result, threads()).run
     kind = left[0].kind if out is None else None
+    plain = jacobian_cuda.matmul_precision if _backend.on_cuda(result) else nullcontext
 
     def finish() -> Any:
         run()
-        for a, b in generated:
-            _add_rows(result, a, b, outputs, symmetric)
+        with plain(precision):
+            for a, b in generated:
+                _add_rows(result, a, b, outputs, symmetric)
         if symmetric and generated:  # BLAS need not round the two triangles alike
             if outputs == "diagonal":
                 upper = result.permute(2, 0, 1).triu()
