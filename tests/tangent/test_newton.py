@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 import jacpot
 from jacpot.linalg import Interrupted, Status
 from jacpot.tangent import quadratic_model
-from jacpot.tangent.losses import ConvexLoss, get_loss
+from jacpot.tangent.losses import ConvexLoss, Huber, get_loss
+
+gauss_newton_file = importlib.import_module("jacpot.tangent.gauss_newton")
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +220,36 @@ def test_gauss_newton_with_kronecker_factors_falls_monotonically(monkeypatch, in
     assert result.inner_iterations == inner_iterations * result.steps
 
 
+def test_the_parabola_of_the_huber_loss_touches_it_and_lies_above():
+    huber = Huber(delta=0.7)
+    f, y = torch.linspace(-5, 5, 101).double()[:, None], torch.zeros(101, 1).double()
+    slope, root = huber.gradient(f, y), huber.majorant_root(f, y)[:, :, 0]
+    for at in torch.linspace(-6, 6, 121).double():
+        d = at - f
+        parabola = huber.value(f, y)[:, None] + slope * d + 0.5 * (root * d).square()
+        assert bool((parabola[:, 0] >= huber.value(f + d, y) - 1e-12).all())
+
+
+def test_gauss_newton_crosses_the_linear_part_of_the_huber_loss():
+    net, x = network(outputs=1, width=64), inputs(100)
+    y = 30 * torch.sin(x[:, :1]) + 20 * x[:, 1:2]
+    result = jacpot.gauss_newton(net, x, y, "huber", max_steps=30)
+    assert result.losses[-1] < 1e-3 * result.losses[0]
+
+
+def test_gauss_newton_solves_well_what_is_known_of_all_examples(monkeypatch):
+    monkeypatch.setattr(quadratic_model, "DIRECT_SIZE", 0)
+    x = inputs(100)
+    y = torch.sin(3 * x[:, :3])
+    all_of_them = jacpot.gauss_newton(network(width=64), x, y, max_steps=20)
+    one = jacpot.gauss_newton(network(width=64), x, y, max_steps=20, inner_iterations=1)
+    assert all_of_them.inner_iterations > all_of_them.steps
+    assert all_of_them.losses[-1] < one.losses[-1]
+    monkeypatch.setattr(gauss_newton_file, "CURVATURE", 50)
+    some = jacpot.gauss_newton(network(width=64), x, y, max_steps=20)
+    assert some.inner_iterations == some.steps
+
+
 def test_gauss_newton_grows_its_batches_to_all_examples():
     net, x = network(width=16), inputs(1200)
     y = torch.sin(3 * x[:, :3])
@@ -241,6 +274,36 @@ def test_gauss_newton_keeps_the_last_step_when_interrupted():
         jacpot.gauss_newton(net, inputs(), targets("mse"), callback=callback)
     assert len(taken) == 3
     assert torch.equal(net[0].weight, taken[-1])
+
+
+@pytest.mark.parametrize(
+    ("y", "loss", "error"),
+    [
+        (torch.zeros(30, 3, dtype=torch.int64), "mse", TypeError),
+        (torch.zeros(30, 2, dtype=torch.float64), "mse", ValueError),
+        (torch.zeros(29, 3, dtype=torch.float64), "mse", ValueError),
+        (torch.tensor([[0.0]] * 29 + [[float("nan")]]).double().expand(30, 3), "mse", ValueError),
+        (torch.tensor([0] * 29 + [3]), "cross_entropy", ValueError),
+        ([0.0] * 30, "mse", TypeError),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_gauss_newton_leaves_the_network_alone_when_it_refuses_targets(y, loss, error, batch_size):
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    mask = {"0.weight": torch.zeros(24, 4, dtype=torch.bool)}
+    with pytest.raises(error, match="'y'"):
+        jacpot.gauss_newton(net, inputs(), y, loss, mask=mask, batch_size=batch_size)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_gauss_newton_keeps_the_last_step_when_examples_cannot_be_used():
+    net, x = network(), inputs()
+    x[25:] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        jacpot.gauss_newton(net, x, targets("mse"), batch_size=5)
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
 
 
 def test_gauss_newton_where_there_is_nothing_to_do():

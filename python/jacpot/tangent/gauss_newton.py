@@ -22,7 +22,9 @@ from jacpot.tangent.quadratic_model import QuadraticModel
 __all__ = ["GaussNewton", "gauss_newton"]
 
 FIRST_DAMPING = 0.01  # of the kernel's mean diagonal
-CURVATURE = 2000  # examples that the curvature is taken from, at most; the gradient from all
+CURVATURE = 4000  # examples that the curvature is taken from, at most; the gradient from all
+INNER = 20  # iterations a step, at most, where they are not given
+WORTH = 0.1  # share of the decrease that an inner iteration has to bring for another to follow
 REJECTIONS = 20  # in a row, each with four times the damping, before it counts as stagnated
 SHARE = 0.25  # of a step's effect that new examples have to see, else the batch is too small
 
@@ -81,7 +83,7 @@ def gauss_newton(
     damping: float | None = None,
     batch_size: int | Literal["auto"] | None = "auto",
     mask: Mapping[str, Tensor] | None = None,
-    inner_iterations: int = 1,
+    inner_iterations: int | None = None,
     callback: Callable[[int, float, float], Any] | None = None,
     seed: int = 0,
     output: Output | None = None,
@@ -92,7 +94,7 @@ def gauss_newton(
     the generalised Gauss-Newton matrix B; damped, it is not singular, however underdetermined the
     network. It is minimised over the span of two directions: the last step, and ``-P⁻¹ g`` with
     the matrix itself as P where it is small (in the dual or the primal), else its Kronecker
-    factors (Martens & Grosse 2015, section 7). Each further inner iteration adds the
+    factors (Martens & Grosse 2015, section 7). Where it is those, further inner iterations add the
     preconditioned residual, as conjugate gradients would. A step that is refused is found again
     with more damping in the same span, for the price of one evaluation of the loss. The damping
     follows the ratio of actual and predicted decrease (Marquardt 1963; Martens 2010).
@@ -100,8 +102,8 @@ def gauss_newton(
     Parameters
     ----------
     module
-        Trained in place. It holds the last accepted step at any
-        time, also when interrupted.
+        Trained in place. It holds the last accepted step at any time, also when interrupted or when
+        the callback raises; arguments that are refused leave it as it was.
     x, y
         Inputs (N, ...), or a tuple or dict of them, and targets as in `LinearizedModule.fit`.
     loss
@@ -118,12 +120,14 @@ def gauss_newton(
         falls monotonically. ``"auto"``: 500, and twice as many whenever a step has less than a
         quarter of its effect on the examples of the next batch, until it is all of them (growing
         samples: Byrd, Chin, Nocedal & Wu 2012). Up to 999 examples are a full batch throughout.
-        The gradient is that of the batch, the curvature that of at most 2,000 of its examples.
+        The gradient is that of the batch, the curvature that of at most 4,000 of its examples.
     mask
         Bool tensors by parameter name; pruned parameters stay zero.
     inner_iterations
         Directions a step, besides the last step's. Each takes a product with J, and each after
-        the first another with its transpose.
+        the first another with its transpose. By default it is one, or, where the model is of
+        all examples, as many as bring a tenth of the decrease that it promises. Exact steps need no
+        second.
     callback
         Called with ``(step, mean loss, seconds)``; False stops.
     seed
@@ -154,17 +158,20 @@ def gauss_newton(
         ("max_steps", max_steps, 0),
         ("inner_iterations", inner_iterations, 1),
     ):
-        if count < least:
+        if count is not None and count < least:
             raise ValueError(f"argument {name!r} must be at least {least}, got {count}")
     if damping is not None and not 0 < damping < float("inf"):
         raise ValueError(f"argument 'damping' must be finite and above 0, got {damping}")
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    batches = Batches(n_examples(x), batch_size, generator)
+    n = n_examples(x)
+    batches = Batches(n, batch_size, generator)
     objective = _Objective(module, x, y, get_loss(loss), mask, output)
     result = GaussNewton(Status.iteration_limit, [], [])
     batch, previous, first_norm = batches.draw(), None, 0.0
     while result.steps < max_steps:
         model = objective.model(batch, generator)
+        if not result.steps:  # what could be refused has been by now
+            objective.take(objective.weights)
         if model is None:
             result.status = Status.converged
             break
@@ -182,8 +189,9 @@ def gauss_newton(
             damping = FIRST_DAMPING * unit if damping is None else damping
             # The matrix's own rounding is of this size: less damping is none.
             damping = max(damping, torch.finfo(model.operator.dtype).eps * unit)
-            step = _descend(objective, model, batch, damping, previous, inner_iterations)
-            result.inner_iterations += inner_iterations
+            # What is known of a sample is not worth a better step: that would fit the sample.
+            inner = 1 if inner_iterations is None and model.n < n else inner_iterations
+            step = _descend(objective, model, batch, damping, previous, inner)
         if step is None:  # nothing to gain on this batch, but maybe on a larger one
             if batches.double():
                 batch, previous = batches.draw(), None
@@ -192,7 +200,7 @@ def gauss_newton(
             break
         batch = batches.draw()
         if batches.growing:
-            seen = objective.mean(objective.parameters, batch) - objective.mean(step.weights, batch)
+            seen = objective.mean(objective.weights, batch) - objective.mean(step.weights, batch)
             if seen < SHARE * (model.value - step.loss) and batches.double():
                 batch = batches.draw()
         objective.take(step.weights)
@@ -201,6 +209,7 @@ def gauss_newton(
         damping = step.damping * (2 / 3 if ratio > 3 / 4 else 3 / 2 if ratio < 1 / 4 else 1)
         previous = step.direction
         result.steps += 1
+        result.inner_iterations += step.iterations
         result.batch_size = len(y[batch])
         result.losses.append(step.loss)
         elapsed = time.perf_counter() - start
@@ -212,7 +221,14 @@ def gauss_newton(
 
 
 class _Objective:
-    """The mean loss of some examples as a function of the module's parameters."""
+    """The mean loss of some examples as a function of the module's parameters.
+
+    Attributes
+    ----------
+    weights : dict of Tensor
+        The parameters that are trained or masked, by name, masked. The module has them from the
+        first `take` on.
+    """
 
     def __init__(
         self,
@@ -223,59 +239,64 @@ class _Objective:
         mask: Mapping[str, Tensor] | None,
         output: Output | None,
     ) -> None:
-        mask = merged_mask(module, mask)  # before anything is changed
-        self.module, self.x, self.y, self.loss, self.mask = module, x, y, loss, mask
-        self.output = output
+        self.module, self.x, self.y, self.loss, self.output = module, x, y, loss, output
+        self.mask = merged_mask(module, mask)
         every = plain_parameters(module)
-        self.parameters = {name: p for name, (_, p) in every.items() if p.requires_grad}
-        self._own_names = {name: own_name for name, (own_name, _) in every.items()}
-        with torch.no_grad():
-            for name, kept in mask.items():
-                every[name][1].masked_fill_(~kept, 0)
+        self._trained = [name for name, (_, p) in every.items() if p.requires_grad]
+        self._own = {name: every[name] for name in {**dict.fromkeys(self._trained), **self.mask}}
+        self.weights = {
+            name: torch.where(self.mask[name], p.detach(), 0) if name in self.mask else p.detach()
+            for name, (_, p) in self._own.items()
+        }
+        self._targets: Tensor | None = None
 
     def model(self, examples: slice | Tensor, generator: torch.Generator) -> QuadraticModel | None:
         """Give the quadratic model at the module's parameters; None where there is nothing."""
-        x, y = take(self.x, examples), self.y[examples]
+        x = take(self.x, examples)
         n = n_examples(x)
         some: slice | Tensor = slice(None)
         if n > CURVATURE:
             some = torch.randperm(n, generator=generator)[:CURVATURE]
         columns = jacobian(self.module, take(x, some), self.mask, output=self.output)
+        if self._targets is None:  # of all examples, also of those that come later
+            alike = columns.outputs[:1].expand(n_examples(self.x), -1)
+            y = flat_targets(self.y, alike, columns.output_shape)
+            self._targets = self.loss.check(y, alike)
         if 0 in columns.shape:
             return None
-        f = columns.outputs.double()
-        shape = columns.output_shape
-        checked = self.loss.check(flat_targets(y[some], f, shape), columns.outputs)
-        root = self.loss.root(f, checked)
+        y = self._targets[examples]
+        curvature = getattr(self.loss, "majorant_root", self.loss.root)
+        root = curvature(columns.outputs.double(), y[some])
         with torch.inference_mode(False), torch.enable_grad():
-            args, kwargs = arguments(x)
-            outputs = part_of(self.module(*args, **kwargs), self.output).reshape(n, -1)
+            weights = {n: self.weights[n].detach().requires_grad_() for n in self._trained}
+            outputs = self._outputs({**self.weights, **weights}, x)
             f = outputs.detach().double()
-            targets = self.loss.check(flat_targets(y, f, shape), f)
-            pull = (self.loss.gradient(f, targets) / n).to(outputs.dtype)
+            pull = (self.loss.gradient(f, y) / n).to(outputs.dtype)
             slopes = torch.autograd.grad(
-                outputs, list(self.parameters.values()), pull, materialize_grads=True
+                outputs, list(weights.values()), pull, materialize_grads=True
             )
-        gradient = dict(zip(self.parameters, slopes, strict=True))
-        value = float(self.loss.value(f, targets).mean())
+        gradient = dict(zip(weights, slopes, strict=True))
+        value = float(self.loss.value(f, y).mean())
         return QuadraticModel(columns, root, gradient, value, generator)
 
     @torch.no_grad()
     def mean(self, weights: Mapping[str, Tensor], examples: slice | Tensor) -> float:
         """Evaluate the loss at other parameters; the module keeps its own."""
-        own = {self._own_names[name]: weight for name, weight in weights.items()}
-        result = functional_call(self.module, own, *arguments(take(self.x, examples)))
-        part = part_of(result, self.output)
-        outputs = part.reshape(len(part), -1).double()
-        y = flat_targets(self.y[examples], outputs, part.shape[1:])
-        targets = self.loss.check(y, outputs)
-        return float(self.loss.value(outputs, targets).mean())
+        assert self._targets is not None
+        outputs = self._outputs(weights, take(self.x, examples)).double()
+        return float(self.loss.value(outputs, self._targets[examples]).mean())
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Set the module's parameters."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+        # One call, so that an interrupt comes before or after all of them.
+        torch._foreach_copy_([p for _, p in self._own.values()], [weights[n] for n in self._own])
+        self.weights = {name: p.detach() for name, (_, p) in self._own.items()}
+
+    def _outputs(self, weights: Mapping[str, Tensor], x: Inputs) -> Tensor:
+        own = {self._own[name][0]: weight for name, weight in weights.items()}
+        part = part_of(functional_call(self.module, own, *arguments(x)), self.output)
+        return part.reshape(len(part), -1)
 
 
 @dataclass(frozen=True)
@@ -285,26 +306,36 @@ class _Step:
     damping: float
     predicted: float
     loss: float
+    iterations: int
 
 
 def _descend(
     objective: _Objective, model: QuadraticModel, batch: slice | Tensor,
-    damping: float, previous: Tensor | None, iterations: int,
+    damping: float, previous: Tensor | None, iterations: int | None,
 ) -> _Step | None:  # fmt: skip
     """Find a step that lowers the loss of the batch, with more damping if need be."""
-    precondition, residual = model.preconditioner(damping), -model.gradient
     if previous is not None:
         model.widen(previous)
-    for iteration in range(iterations):
-        if iteration:
-            residual = model.residual(damping)
-        model.widen(precondition(residual))
+    taken = _widen(model, damping, iterations)
     for _ in range(REJECTIONS):
         direction, predicted = model.minimise(damping)
         change = model.by_name(direction)
-        weights = {n: p + change.get(n, 0) for n, p in objective.parameters.items()}
+        weights = {n: w + change[n] if n in change else w for n, w in objective.weights.items()}
         loss = objective.mean(weights, batch)
         if predicted > 0 and loss < model.value:
-            return _Step(direction, weights, damping, predicted, loss)
+            return _Step(direction, weights, damping, predicted, loss, taken)
         damping *= 4
     return None
+
+
+def _widen(model: QuadraticModel, damping: float, iterations: int | None) -> int:
+    """Add preconditioned residuals to the span of the model's directions; give how many."""
+    precondition = model.preconditioner(damping)
+    model.widen(precondition(-model.gradient))
+    taken, (_, decrease) = 1, model.minimise(damping)
+    while not model.exact and taken < (iterations or INNER):
+        model.widen(precondition(model.residual(damping)))
+        taken, before, (_, decrease) = taken + 1, decrease, model.minimise(damping)
+        if iterations is None and not decrease - before > WORTH * decrease:
+            break
+    return taken

@@ -26,7 +26,11 @@ __all__ = [
 class Loss(Protocol):
     """A convex, twice differentiable loss.
 
-    ``f`` is (N, K) float64; ``y`` is what `check` returned.
+    ``f`` is (N, K) float64; ``y`` is what `check` returned, one entry for each example.
+
+    A loss whose Hessian vanishes where its gradient does not may have a method ``majorant_root``
+    too: as `root`, of a matrix whose parabola touches the loss at f and is nowhere below it. Far
+    from the minimum, Gauss-Newton steps on the network take it in place of the Hessian.
     """
 
     def check(self, y: Tensor, outputs: Tensor) -> Tensor:
@@ -193,6 +197,10 @@ class Huber:
     def root(self, f: Tensor, y: Tensor) -> Tensor:
         """See `Loss`."""
         return torch.diag_embed(((f - y).abs() <= self.delta).double())
+
+    def majorant_root(self, f: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`: the weights of iteratively reweighted least squares (Huber 1981)."""
+        return torch.diag_embed((self.delta / (f - y).abs().clamp_min(self.delta)).sqrt())
 
 
 @dataclass(frozen=True)

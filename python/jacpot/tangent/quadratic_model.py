@@ -34,7 +34,7 @@ class QuadraticModel:
     columns
         J (N·K, P) at the present weights.
     root
-        S (N, K, K), a root of each example's H.
+        S (N, K, K), a root of each example's H, or of a matrix above it.
     gradient
         g by parameter name.
     value
@@ -46,6 +46,8 @@ class QuadraticModel:
     ----------
     gradient : Tensor
         g (P,) in float64, in the order of the blocks of J, as all directions are.
+    exact : bool
+        Whether the system is small enough for `preconditioner` to solve it.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class QuadraticModel:
     ) -> None:
         self._columns, self.n, self.root, self.value = columns, columns.n_examples, root, value
         self.operator = JacobianOperator(columns.blocks, self.n, columns.n_outputs)
+        self.exact = min(self.operator.shape) <= DIRECT_SIZE
         self.gradient = torch.cat(columns.to_blocks(columns.flatten(gradient))).double()
         self._directions = self.gradient.new_empty(len(self.gradient), 0)  # orthonormal
         self._images = root.new_empty(self.operator.shape[0], 0)  # of Sᵀ J, with H = S Sᵀ
@@ -81,7 +84,7 @@ class QuadraticModel:
 
     def preconditioner(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Give ``r ↦ (B + damping·I)⁻¹ r``: exact for small systems, else by Kronecker factors."""
-        if min(self.operator.shape) <= DIRECT_SIZE:
+        if self.exact:
             return lambda r: newton_direction(
                 self.operator, self.root, -self.n * r, self.n * damping, DIRECT_TOL, Auto(),
                 precise=False,
