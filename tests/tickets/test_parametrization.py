@@ -1,4 +1,5 @@
 import copy
+import itertools
 import os
 import pickle
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from jacpot import tickets
-from jacpot.tickets import Mask
+from jacpot.tickets import Mask, _parametrize, parametrization
 
 
 def make_net() -> nn.Sequential:
@@ -91,6 +92,21 @@ def test_apply_then_remove_is_the_identity():
         assert parameter is before[name][0]
         assert torch.equal(parameter, before[name][1])
     assert type(net[0]) is nn.Linear
+
+
+def test_applied_restores_a_module_whose_masking_is_interrupted(monkeypatch):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    calls = itertools.count()
+
+    def register(*arguments):
+        if next(calls):
+            raise KeyboardInterrupt
+        return _parametrize.register(*arguments)
+
+    monkeypatch.setattr(parametrization, "register", register)
+    with pytest.raises(KeyboardInterrupt), tickets.applied(net, ~Mask.ones(net)):
+        raise AssertionError
+    assert list(net.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_applied_restores_an_earlier_mask():

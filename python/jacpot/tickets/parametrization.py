@@ -209,9 +209,8 @@ def applied(module: M, mask: Mapping[str, Tensor]) -> Iterator[M]:
     0.0
     """
     before = applied_mask(module)
-    apply(module, mask)
     try:
-        yield module
+        yield apply(module, mask)
     finally:
         remove(module)
         apply(module, before)
