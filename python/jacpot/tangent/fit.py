@@ -18,51 +18,10 @@ from jacpot.tangent.jacobian import Jacobian
 from jacpot.tangent.losses import LOSSES, flat_targets
 from jacpot.tangent.operators import JacobianOperator
 from jacpot.tangent.posterior import Posterior
+from jacpot.tangent.problem import Problem
 from jacpot.tangent.spectrum import Spectrum, least
 
-__all__ = ["Fit", "Problem"]
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A fit's linear algebra: ``min Σ loss + ridge/2 ‖Δ‖²`` around θ0.
-
-    Attributes
-    ----------
-    columns : Jacobian
-        Turns vectors in the order of the blocks into parameters.
-    capture : callable
-        Gives the Jacobian at other inputs.
-    jacobian : JacobianOperator
-        J, rows weighted by the root of the examples' weights.
-    residual : Tensor
-        ``y - f0`` (N, K) float64, weighted alike.
-    errors : Tensor
-        The same without weights.
-    ridge : float
-    loss : str
-    roots : Tensor or None
-        Roots of the examples' weights (N,).
-    """
-
-    columns: Jacobian
-    capture: Callable[[Tensor], Jacobian]
-    jacobian: JacobianOperator
-    residual: Tensor
-    errors: Tensor
-    ridge: float
-    loss: str
-    roots: Tensor | None = None
-
-    def flat(self, x: Tensor) -> Tensor:
-        """From the order of the blocks to that of the Jacobian's columns."""
-        if not self.jacobian.blocks:
-            return x
-        return self.columns.from_blocks(torch.split(x, self.jacobian.sizes))
-
-    def delta(self, x: Tensor) -> dict[str, Tensor]:
-        """Give tensors by parameter name from a vector in the order of the blocks."""
-        return self.columns.unflatten(self.flat(x).to(self.jacobian.own_dtype))
+__all__ = ["Fit", "cross_kernel", "validation_error"]
 
 
 @dataclass
@@ -196,9 +155,8 @@ class Fit(Solution):
     def _errors(self) -> Tensor:
         """``y - f`` (N, K) of the fit, without weights."""
         problem = self._squared()
-        change = problem.columns.to_operator().double() @ self.x
-        errors: Tensor = problem.errors - change.reshape(problem.errors.shape)
-        return errors
+        change = problem.unweighted.double() @ problem.by_blocks(self.x)
+        return problem.errors - change.reshape(problem.errors.shape)
 
     def _squared(self) -> Problem:
         if self.problem is None or self.problem.loss != "mse":

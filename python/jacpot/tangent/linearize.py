@@ -17,25 +17,22 @@ from torch.func import functional_call, jvp
 from jacpot.linalg import Interrupted, Solution
 from jacpot.linalg.arguments import check_limits, check_number
 from jacpot.nn.worn import checked_mask, merged_mask, plain_parameters
-from jacpot.tangent.fit import Fit, Problem
+from jacpot.tangent.fit import Fit
 from jacpot.tangent.jacobian import jacobian
-from jacpot.tangent.losses import Loss, Weighted, flat_targets, get_loss
+from jacpot.tangent.losses import Loss
 from jacpot.tangent.network import (
     Inputs,
     Output,
     arguments,
-    n_examples,
     one_at_a_time,
     part_of,
+    plain_attention,
     refuse_batch_dependence,
     refuse_replicas,
 )
-from jacpot.tangent.newton import fit_convex
-from jacpot.tangent.operators import JacobianOperator
+from jacpot.tangent.problem import Problem, pose
 from jacpot.tangent.progress import Callback, observing
 from jacpot.tangent.ridge import choose_ridge
-from jacpot.tangent.squared import fit_squared, named
-from jacpot.tangent.streamed import StreamedJacobian
 
 __all__ = ["LinearizedModule", "linearize"]
 
@@ -125,25 +122,27 @@ class LinearizedModule(nn.Module):
         ------
         KeyError
             For a name that is no trainable parameter of the module.
-        ValueError
-            For a tensor of another shape than the parameter.
+        TypeError, ValueError
+            For what is no tensor, or has another shape than the parameter.
         """
         unknown = set(delta) - set(self._names)
         if unknown:
             raise KeyError(f"argument 'delta' names {sorted(unknown)}, which are no parameters")
         for name, value in delta.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"argument 'delta' must hold tensors, got {type(value).__name__} for {name!r}"
+                )
             shape = self.deltas[name.replace(".", "/")].shape
             if value.shape != shape:
                 raise ValueError(
                     f"argument 'delta' must have shape {tuple(shape)} for {name!r}, got "
                     f"{tuple(value.shape)}"
                 )
-        for name in self._names:
-            target = self.deltas[name.replace(".", "/")]
-            if name in delta:
-                target.copy_(delta[name])
-            else:
-                target.zero_()
+        targets = [self.deltas[name.replace(".", "/")] for name in self._names]
+        values = [delta.get(n, t.new_zeros(())) for n, t in zip(self._names, targets, strict=True)]
+        # One call, so that an interrupt comes before or after all of them.
+        torch._foreach_copy_(targets, values)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Give what Δ belongs to: the state of the network at θ0, and the mask."""
@@ -158,6 +157,8 @@ class LinearizedModule(nn.Module):
             If they are those of a network of other parameters.
         """
         mask = checked_mask(self.base, state["mask"])
+        # Loading copies what fits and then raises, so that it is tried on a copy first.
+        copy.deepcopy(self.base).load_state_dict(state["base"])
         self.base.load_state_dict(state["base"])
         self.mask = mask
 
@@ -168,7 +169,8 @@ class LinearizedModule(nn.Module):
         def outputs(parameters: dict[str, Tensor]) -> Any:
             return part_of(functional_call(self.base, parameters, *arguments(x)), self.output)
 
-        with one_at_a_time:  # other tensors are in the place of the base's parameters
+        # One at a time, as other tensors are in the place of the base's parameters.
+        with one_at_a_time, plain_attention():
             point = {own: self.base.get_parameter(own).detach() for own in self._names.values()}
             value, derivative = jvp(outputs, (point,), (change,))  # type: ignore[misc]
             result: Tensor = value + derivative
@@ -265,64 +267,15 @@ class LinearizedModule(nn.Module):
         (True, True)
         """
         check_limits(tol, max_iter)
-        chosen = get_loss(loss)
-        name = loss if isinstance(loss, str) else type(loss).__name__
         capture = functools.partial(jacobian, self.base, mask=self.mask or None, output=self.output)
-        columns, n = capture(x), n_examples(x)
-        y = flat_targets(y, columns.outputs, columns.output_shape)
-        targets = chosen.check(y, columns.outputs)
-        operator = JacobianOperator(
-            columns.blocks,
-            columns.n_examples,
-            columns.n_outputs,
-            device=columns.outputs.device,
-        )
-        if batch_size is not None and n:
-            operator = StreamedJacobian(capture, x, batch_size)
-        root = _checked_weights(weights, n)
-        errors = residual = torch.zeros_like(columns.outputs, dtype=torch.float64)
-        if name == "mse":
-            errors = residual = targets - columns.outputs.double()
-            if root is not None:
-                operator, residual = operator.weighted(root), residual * root[:, None]
-        elif root is not None:
-            chosen = Weighted(chosen, root.square())
-        problem = Problem(columns, capture, operator, residual, errors, 0.0, name, root)
+        problem = pose(capture, x, y, loss, weights, batch_size)
         if isinstance(ridge, str):
             ridge = choose_ridge(problem, ridge, ridges, validation)
-        ridge = check_number("ridge", ridge)
-        problem = dataclasses.replace(problem, ridge=ridge)
+        problem = dataclasses.replace(problem, ridge=check_number("ridge", ridge))
         start = self._start(problem) if warm_start else None
         with observing(callback, progress, tol) as observe:
             try:
-                if name == "mse":
-                    solution = fit_squared(
-                        operator,
-                        residual,
-                        ridge,
-                        method,
-                        preconditioner,
-                        tol,
-                        max_iter,
-                        observe,
-                        start,
-                    )
-                else:
-                    if ridge == 0:
-                        raise ValueError(f"argument 'ridge' must be above 0 for loss {name!r}")
-                    solution = fit_convex(
-                        operator,
-                        columns.outputs.double(),
-                        targets,
-                        chosen,
-                        ridge,
-                        method,
-                        named(preconditioner),
-                        tol,
-                        max_iter,
-                        observe,
-                        start,
-                    )
+                solution = problem.solve(method, preconditioner, tol, max_iter, observe, start)
             except Interrupted as stop:
                 raise Interrupted(self._accept(problem, stop.solution)) from None
         return self._accept(problem, solution)
@@ -337,11 +290,8 @@ class LinearizedModule(nn.Module):
     def _start(self, problem: Problem) -> Tensor:
         """Give the present Δ in the order of the blocks."""
         columns = problem.columns
-        flat = columns.flatten(
-            {name: value.to(columns.dtype) for name, value in self.delta.items()}
-        )
-        parts = columns.to_blocks(flat)
-        return torch.cat(parts).double() if parts else flat.double()
+        delta = {name: value.to(columns.dtype) for name, value in self.delta.items()}
+        return problem.by_blocks(columns.flatten(delta)).double()
 
 
 def linearize(
@@ -397,15 +347,3 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
-
-
-def _checked_weights(weights: Tensor | None, n: int) -> Tensor | None:
-    """Roots of the examples' weights, float64."""
-    if weights is None:
-        return None
-    if not isinstance(weights, Tensor) or weights.shape != (n,):
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"argument 'weights' must be a tensor of shape ({n},), got {got}")
-    if not (torch.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError("argument 'weights' must be finite and at least 0")
-    return weights.detach().double().sqrt()

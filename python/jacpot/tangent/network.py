@@ -22,6 +22,7 @@ __all__ = [
     "one_at_a_time",
     "over_tensors",
     "part_of",
+    "plain_attention",
     "recording",
     "refuse_batch_dependence",
     "refuse_replicas",
@@ -218,13 +219,24 @@ one_at_a_time = threading.RLock()
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Take the one attention that has a forward mode and derivatives by a batch of cotangents."""
+    fused = torch.backends.mha.get_fastpath_enabled()  # whole layers, where nothing is recorded
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
 def recording() -> Iterator[None]:
     """Record gradients, without autocast, whatever modes the caller is in; one thread at a time."""
     with one_at_a_time, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        # the one attention whose derivatives take a batch of cotangents
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(plain_attention())
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from jacpot.linalg.arguments import check_number
-from jacpot.tangent.fit import Problem, validation_error
+from jacpot.tangent.fit import validation_error
+from jacpot.tangent.problem import Problem
 from jacpot.tangent.spectrum import Spectrum, least
 
 __all__ = ["choose_ridge"]
