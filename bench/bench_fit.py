@@ -1,9 +1,18 @@
-"""Tangent-space fits on MNIST against conjugate gradients through torch.func.
+"""Tangent-space fits on MNIST, against what others solve them with.
 
     JACPOT_DATA=folder python bench/bench_fit.py CASE... [--json FILE]
 
 Each contender stops at a true relative residual of the dual system, recomputed in float64; setup
-counts. The peer also stops after ``--patience`` times our seconds, and says how far it came.
+counts. The peers:
+
+- conjugate gradients through ``torch.func``, which also stop after ``--patience`` times our
+  seconds, and say how far they came;
+- the inverse of curvlinops, conjugate gradients on its Jacobian times its transpose;
+- neural-tangents, which makes the kernel and solves it by Cholesky, compiled and warm: where
+  ``JACPOT_BENCH_JAX`` names a Python that has it.
+
+The last two, of small cases only, know no limit of time. ``error`` is that of a peer's predictions
+for test inputs against ours, relative to the largest.
 """
 
 from __future__ import annotations
@@ -11,12 +20,12 @@ from __future__ import annotations
 import itertools
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Report, parser, set_up
+from harness import Report, max_error, parser, set_up
+from jax_peer import JAX, JaxPeer
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
@@ -33,15 +42,18 @@ class Case:
     widths: tuple[int, ...]
     ridge: float  # of the kernel's mean diagonal
     tol: float
-    peer: bool = True
+    peers: tuple[str, ...] = ("torch_func_cg",)
 
 
 CASES = {
     "ridge-0.1": Case(10_000, (300, 100), 0.1, 1e-4),
     "ridge-0.001": Case(10_000, (300, 100), 0.001, 1e-4),
     "wide": Case(4_000, (1000, 1000), 0.01, 1e-5),
-    "all": Case(60_000, (300, 100), 0.1, 1e-3, peer=False),
-    "small": Case(2_000, (300, 100), 0.1, 1e-4),
+    "all": Case(60_000, (300, 100), 0.1, 1e-3, peers=()),
+    "small": Case(2_000, (300, 100), 0.1, 1e-4, peers=("torch_func_cg", "curvlinops")),
+    "few": Case(
+        1_000, (300, 100), 0.1, 1e-4, peers=("torch_func_cg", "curvlinops", "neural_tangents")
+    ),
 }
 
 
@@ -68,10 +80,9 @@ def mnist(n: int) -> tuple[Tensor, ...]:
 
 
 def torch_func_cg(
-    net: nn.Module, x: Tensor, r: Tensor, ridge: float, tol: float, cap: float,
-    true_residual: Callable[[Tensor], float],
-) -> dict[str, Any]:  # fmt: skip
-    """Plain CG on ``J Jᵀ + ridge·I`` through jvp and one saved vjp, float32."""
+    net: nn.Module, x: Tensor, r: Tensor, ridge: float, tol: float, cap: float
+) -> tuple[Tensor, int]:
+    """Plain CG on ``J Jᵀ + ridge·I`` through jvp and one saved vjp, float32; and iterations."""
     start = time.perf_counter()
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 
@@ -85,7 +96,7 @@ def torch_func_cg(
 
     a, s = torch.zeros_like(r), r.clone()
     p, rr, first = s.clone(), float(s.square().sum()), float(r.square().sum())
-    iterations, reached = 0, 1.0
+    iterations = 0
     while time.perf_counter() - start < cap:
         q = product(p)
         step = rr / float((p * q).sum())
@@ -97,9 +108,41 @@ def torch_func_cg(
         iterations += 1
         if rr <= tol * tol * first:
             break
-    seconds = time.perf_counter() - start
-    reached = true_residual(a)
-    return {"seconds": seconds, "iterations": iterations, "residual": reached}
+    return a, iterations
+
+
+def curvlinops_cg(net: nn.Module, x: Tensor, r: Tensor, ridge: float, tol: float) -> Tensor:
+    """The same by curvlinops, whose products go through the network again, float32."""
+    from curvlinops import (
+        CGInverseLinearOperator,
+        JacobianLinearOperator,
+        TransposedJacobianLinearOperator,
+    )
+    from curvlinops.examples import IdentityLinearOperator
+
+    of = (net, list(net.parameters()), [(x, r)])
+    forward = JacobianLinearOperator(*of, check_deterministic=False)
+    backward = TransposedJacobianLinearOperator(*of, check_deterministic=False)
+    identity = IdentityLinearOperator([tuple(r.shape)], r.device, r.dtype)
+    kernel = forward @ backward + ridge * identity
+    inverse = CGInverseLinearOperator(kernel, tolerance=tol, max_iter=10_000, eps=1e-30)
+    solution: Tensor = (inverse @ r.flatten()).reshape(r.shape)
+    return solution
+
+
+def neural_tangents(
+    net: nn.Module, arrays: dict[str, Tensor], threads: int
+) -> tuple[Tensor, float]:
+    """Predictions for ``x_test``, and the seconds they take when all is compiled."""
+    peer = JaxPeer("predict.py", net, arrays, threads=threads)
+    try:
+        predicted = peer()
+        assert predicted is not None
+        start = time.perf_counter()
+        peer()
+        return predicted, time.perf_counter() - start
+    finally:
+        peer.close()
 
 
 def announce(iteration: int, residual: float, seconds: float) -> None:
@@ -140,10 +183,32 @@ def run(case: Case, preconditioner: Any, patience: float, progress: bool) -> dic
         "test_accuracy": accuracy,
         "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    if case.peer and patience > 0:
-        cap = patience * seconds
-        row["torch_func_cg"] = torch_func_cg(net, x, r.float(), ridge, case.tol, cap, true_residual)
-        row["ratio"] = row["torch_func_cg"]["seconds"] / seconds
+    few = x_test[:200]
+    ours = lin(few).detach()
+    for peer in case.peers if patience > 0 else ():
+        start = time.perf_counter()
+        found: dict[str, Any] = {}
+        if peer == "neural_tangents":
+            if not JAX:
+                print(f"{peer} is left out; JACPOT_BENCH_JAX names no Python that has it")
+                continue
+            arrays = {"x": x, "y": y, "x_test": few, "ridge": torch.tensor(ridge)}
+            predicted, found["seconds"] = neural_tangents(net, arrays, torch.get_num_threads())
+        else:
+            if peer == "curvlinops":
+                dual = curvlinops_cg(net, x, r.float(), ridge, case.tol)
+            else:
+                cap = patience * seconds
+                dual, found["iterations"] = torch_func_cg(net, x, r.float(), ridge, case.tol, cap)
+            found["seconds"] = time.perf_counter() - start
+            found["residual"] = true_residual(dual)
+            lin.set_delta(j.unflatten(j.T @ dual))
+            predicted = lin(few).detach()
+        row[peer] = {
+            **found,
+            "error": max_error(predicted, ours),
+            "ratio": found["seconds"] / seconds,
+        }
     return row
 
 

@@ -5,9 +5,8 @@ The peers:
 - ``torch.func``: Jacobians by ``vmap(jacrev)``, contracted;
 - the factored formula in plain PyTorch, from the same factors;
 - the symmetric products that it contains, by the BLAS, nothing else;
-- neural-tangents' structured derivatives, when ``JACPOT_BENCH_JAX`` names a Python that has it
-  (0.6.5 needs ``jax==0.4.20 jaxlib==0.4.20 "numpy<2" "scipy<1.12"``): it runs in a process of its
-  own that takes turns with ours.
+- neural-tangents' structured derivatives, when ``JACPOT_BENCH_JAX`` names a Python that has it: it
+  runs in a process of its own that takes turns with ours.
 
     python bench/bench_ntk.py --case mlp-1000
 """
@@ -16,24 +15,18 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
-import numpy
 import torch
 from harness import Report, max_error, on_gpu, parser, peak_above, set_up
+from jax_peer import JAX, JaxPeer
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import jacpot
 from jacpot.ops.jacobian_kernels import kernels
-
-JAX = os.environ.get("JACPOT_BENCH_JAX", "")
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -123,45 +116,6 @@ def symmetric_products(module: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-class NeuralTangents:
-    """neural-tangents in a process of its own, which computes once for every line it is sent."""
-
-    def __init__(self, module: nn.Module, x: Tensor, outputs: str, threads: int):
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name)
-        arrays = {k: v.detach().numpy() for k, v in module.named_parameters()}
-        numpy.savez(self.path / "problem.npz", x=x.numpy(), **arrays)
-        peer = Path(__file__).parent / "peers" / "structured_derivatives.py"
-        affinity = ",".join(str(c) for c in sorted(os.sched_getaffinity(0))[:threads])
-        self.process = subprocess.Popen(
-            ["taskset", "-c", affinity, JAX, peer, self.path, outputs],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self) -> Tensor | None:
-        """Compute once; the kernel comes back the first time only."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("again\n")
-        self.process.stdin.flush()
-        if self.process.stdout.readline().strip() != "done":
-            raise RuntimeError("neural-tangents stopped; see its message above")
-        result = self.path / "kernel.npy"
-        if not result.exists():
-            return None
-        kernel = torch.from_numpy(numpy.load(result))
-        result.unlink()
-        return kernel
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
-        self.folder.cleanup()
-
-
 def masked_module(module: nn.Module, density: float) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     masks = {}
@@ -239,7 +193,9 @@ def run(report: Report, case: str, options: object) -> None:
         contenders["plain torch"] = lambda: by_plain_torch(module, x)
     structured = None
     if JAX and case != "resnet18-64" and not on_gpu():
-        structured = NeuralTangents(module, x, outputs, options.threads)
+        structured = JaxPeer(
+            "structured_derivatives.py", module, {"x": x}, outputs, threads=options.threads
+        )
         contenders["neural-tangents"] = structured
     elif case != "resnet18-64" and not on_gpu():
         print(f"{case}: neural-tangents is left out; JACPOT_BENCH_JAX names no Python that has it")
