@@ -48,7 +48,7 @@ def problems(draw, max_examples: int = 9):
     sides: list[list] = [[], []]
     full: list[list] = [[], []]
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["factors", "constant", "rows"]))
+        kind = draw(st.sampled_from(["factors", "constant", "lookup", "rows"]))
         if kind == "rows":
             p = draw(st.integers(0, 6))
             for side in (0, 1):
@@ -57,6 +57,15 @@ def problems(draw, max_examples: int = 9):
                 full[side].append(rows)
             continue
         t = draw(st.sampled_from([1, 1, 1, 2, 3, 8, 20]))
+        if kind == "lookup":
+            v, d = draw(st.integers(1, 30)), draw(st.integers(0, 5))
+            for side in (0, 1):
+                tokens = torch.randint(v, (n[side], t), generator=generator)
+                s = normal(n[side], k, t, d).to(dtype)
+                sides[side].append(ops.Lookup(tokens, s, v))
+                hot = torch.nn.functional.one_hot(tokens, v).double()
+                full[side].append(torch.einsum("ntv,nktd->nkvd", hot, s.double()).flatten(2))
+            continue
         g = draw(st.sampled_from([1, 1, 2]))
         i, o = draw(st.integers(0, 12)), draw(st.integers(1, 9))
         mask = torch.rand(g * o, i, generator=generator) < 0.4 if draw(st.booleans()) else None
@@ -93,6 +102,8 @@ def moved(blocks, device):
     return [
         dataclasses.replace(b, rows=b.rows.to(device))
         if isinstance(b, ops.Rows)
+        else dataclasses.replace(b, tokens=b.tokens.to(device), signals=b.signals.to(device))
+        if isinstance(b, ops.Lookup)
         else dataclasses.replace(
             b, activations=b.activations.to(device), signals=b.signals.to(device)
         )
@@ -380,3 +391,15 @@ def test_gram_refuses_other_weights_of_the_same_number():
         ops.gram([left], [right])
     again = ops.Factors(a, s, Kept(mask.clone()))
     assert torch.equal(ops.gram([left], [again]), ops.gram([left]))
+
+
+def test_lookup_refusals():
+    tokens, signals = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 1, 3, 4)
+    with pytest.raises(TypeError, match="argument 'tokens' must be int64"):
+        ops.Lookup(tokens.int(), signals, 5)
+    with pytest.raises(TypeError, match="argument 'signals' must be float32 or float64"):
+        ops.Lookup(tokens, signals.half(), 5)
+    with pytest.raises(ValueError, match="argument 'tokens' must have 2 dimensions"):
+        ops.Lookup(tokens[0], signals, 5)
+    with pytest.raises(ValueError, match="argument 'signals' must have shape"):
+        ops.Lookup(tokens, signals[:, :, :2], 5)

@@ -1,7 +1,7 @@
 """Products, Gram matrices, norms and sketches of a Jacobian that is given as blocks.
 
-A Jacobian ``J (N, K, P)`` is a sequence of blocks side by side: :class:`Factors` of a layer, or
-:class:`Rows`. No function but :func:`dense` forms it.
+A Jacobian ``J (N, K, P)`` is a sequence of blocks side by side: :class:`Factors` of a layer,
+:class:`Lookup` of an embedding, or :class:`Rows`. No function but :func:`dense` forms it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from jacpot._backend import threads
 from jacpot.ops.arrays import as_kind, as_tensor
-from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
+from jacpot.ops.jacobian_blocks import Block, Factors, Lookup, Rows, check_blocks, row_panels
 from jacpot.ops.jacobian_gram import Outputs, Precision, gram
 from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = [
     "Block",
     "Factors",
+    "Lookup",
     "Outputs",
     "Precision",
     "Rows",
@@ -61,15 +62,20 @@ def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, n
     return tensor.detach().reshape(size, 1 if tensor.ndim == 1 else tensor.shape[1])
 
 
-def _add_jvp(block: Factors, vectors: Tensor, out: Tensor) -> None:
+def _add_jvp(block: Factors | Lookup, vectors: Tensor, out: Tensor) -> None:
     """``out (N, K, R) += J · vectors (R, P)ᵀ``."""
+    if isinstance(block, Lookup):
+        out += block.jvp(vectors)
+        return
     kernels(out).jacobian_jvp(
         block.operands, *block.layout, block.bias, False, vectors, out, threads()
     )
 
 
-def _vjp(block: Factors, u: Tensor) -> Tensor:
+def _vjp(block: Factors | Lookup, u: Tensor) -> Tensor:
     """``uᵀ J``, ``(R, P)``, for contiguous ``u (N, K, R)``."""
+    if isinstance(block, Lookup):
+        return block.vjp(u)
     out = u.new_empty(u.shape[2], block.n_parameters)
     kernels(out).jacobian_vjp(block.operands, *block.layout, block.bias, False, u, out, threads())
     return out
@@ -215,7 +221,7 @@ def dense(blocks: Sequence[Block]) -> Any:
 
 def _write_rows(block: Block, out: Tensor, start: int) -> int:
     """Write a weight's columns straight into ``out`` where they need no selection; say how many."""
-    if isinstance(block, Rows) or block.pattern is not None or not block.n_weights:
+    if not isinstance(block, Factors) or block.pattern is not None or not block.n_weights:
         return 0
     if out.numel():
         kernels(out).jacobian_rows(block.for_rows, out, start, threads())
@@ -255,6 +261,8 @@ def row_norms(blocks: Sequence[Block]) -> Any:
             kernels(total).jacobian_jvp(
                 factors, *block.layout, block.bias, True, ones, total, threads()
             )
+        elif isinstance(block, Lookup):
+            total[:, :, 0] += block.row_squares()
         else:
             for panel in row_panels(block):
                 total[:, :, 0] += panel.square().sum(2)
@@ -299,6 +307,8 @@ def column_norms(blocks: Sequence[Block]) -> Any:
                 factors, *block.layout, block.bias, True, ones, out, threads()
             )
             parts.append(out[0].sqrt_())
+        elif isinstance(block, Lookup):
+            parts.append(block.column_squares().sqrt())
         else:
             parts += [panel.square().sum((0, 1)).sqrt() for panel in row_panels(block)]
     return _like(torch.cat(parts), blocks)

@@ -1,4 +1,4 @@
-"""The blocks that a Jacobian is made of: the factors of a layer, or rows that do not factorise."""
+"""The blocks that a Jacobian is made of: factors of a layer, lookups, or rows as they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from jacpot._backend import threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
 from jacpot.ops.jacobian_kernels import kernels
+from jacpot.ops.jacobian_lookup import Lookup
 
-__all__ = ["Block", "Factors", "KeptWeights", "Rows", "check_blocks", "row_panels"]
+__all__ = ["Block", "Factors", "KeptWeights", "Lookup", "Rows", "check_blocks", "row_panels"]
 
 PANEL_BYTES = 64 << 20  # rows are generated in panels of about this size
 
@@ -148,6 +149,11 @@ class Factors:
         return self.signals.device
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that both factors take."""
+        return self.activations.nbytes + self.signals.nbytes
+
+    @property
     def n_weights(self) -> int:
         """Kept weights, the bias not counted."""
         g, o, i = self.shape
@@ -266,8 +272,13 @@ class Rows:
         """Where the rows lie."""
         return self.rows.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take."""
+        return self.rows.nbytes
 
-Block: TypeAlias = Factors | Rows
+
+Block: TypeAlias = Factors | Lookup | Rows
 
 
 def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, int, torch.dtype]:
@@ -283,9 +294,10 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
     if not blocks:
         raise ValueError(f"argument {name!r} must hold at least one block, got none")
     for i, block in enumerate(blocks):
-        if not isinstance(block, Factors | Rows):
+        if not isinstance(block, Factors | Lookup | Rows):
             raise TypeError(
-                f"argument '{name}[{i}]' must be Factors or Rows, got {type(block).__name__}"
+                f"argument '{name}[{i}]' must be Factors, Lookup or Rows, "
+                f"got {type(block).__name__}"
             )
     first = blocks[0]
     for i, block in enumerate(blocks):
@@ -318,6 +330,10 @@ def row_panels(
     """
     if isinstance(block, Rows):
         yield block.rows
+        return
+    if isinstance(block, Lookup):
+        every = torch.arange(block.n_tokens, device=block.device)
+        yield from block.panels(every, budget, examples)
         return
     n, k = block.n_examples, block.n_outputs
     g, o, i = block.shape

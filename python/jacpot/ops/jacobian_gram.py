@@ -14,7 +14,15 @@ from jacpot import _backend
 from jacpot._backend import threads
 from jacpot.ops import jacobian_cuda
 from jacpot.ops.arrays import as_kind, as_output
-from jacpot.ops.jacobian_blocks import Block, Factors, Rows, check_blocks, row_panels
+from jacpot.ops.jacobian_blocks import (
+    PANEL_BYTES,
+    Block,
+    Factors,
+    Lookup,
+    Rows,
+    check_blocks,
+    row_panels,
+)
 from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = [
@@ -235,12 +243,12 @@ def pairwise_is_cheaper(
 def _add_rows(result: Tensor, left: Block, right: Block, outputs: Outputs, symmetric: bool) -> None:
     """Add products of generated rows, in panels of columns; if symmetric, above the diagonal."""
     examples = max(left.n_examples, right.n_examples)
-    panels = row_panels(left, examples=examples)
-    pairs = (
-        ((p, None) for p in panels)
-        if symmetric
-        else zip(panels, row_panels(right, examples=examples), strict=True)
-    )
+    if isinstance(left, Lookup) and isinstance(right, Lookup):  # all others meet zeros
+        wanted = left.seen[torch.isin(left.seen, right.seen)]
+        panels, others = (b.panels(wanted, PANEL_BYTES, examples) for b in (left, right))
+    else:
+        panels, others = (row_panels(b, examples=examples) for b in (left, right))
+    pairs = ((p, None) for p in panels) if symmetric else zip(panels, others, strict=True)
     for a, b in pairs:
         if outputs == "diagonal":
             other = a if b is None else b

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacpot.ops.jacobian import Block, Factors, Rows
+from jacpot.ops.jacobian import Block, Factors, Lookup, Rows
 from jacpot.ops.pattern import Pattern
-from jacpot.tangent.rules.terms import Outer, Summed, Term
+from jacpot.tangent.rules.terms import LookedUp, Outer, Summed, Term
 
 __all__ = ["Column", "Columns", "assemble"]
 
@@ -168,6 +168,12 @@ def assemble(
         found = terms.get(column.name, [])
         if column.size == 0:
             continue
+        if found and all(isinstance(term, LookedUp) for term in found):
+            if column.kept is None:
+                blocks.append(_lookup(found))
+                orders.append(None)
+                continue
+            found = [term.outer() for term in found if isinstance(term, LookedUp)]
         weight = _joined(found)
         if weight is None:
             rows = _rows(found, like, column.shape.numel())
@@ -183,6 +189,13 @@ def assemble(
         blocks.append(Factors(weight.written, weight.signals, pattern, bias))
         orders.append(order)
     return blocks, orders
+
+
+def _lookup(found: Sequence[Term]) -> Lookup:
+    """All uses of a table, whose positions follow each other."""
+    looked = [term.block for term in found if isinstance(term, LookedUp)]
+    tokens, signals = [b.tokens for b in looked], [b.signals for b in looked]
+    return Lookup(_contiguous(tokens, 1), _contiguous(signals, 2), looked[0].n_tokens)
 
 
 def _joined(found: Sequence[Term]) -> Outer | None:

@@ -89,12 +89,7 @@ class Jacobian:
     @property
     def nbytes(self) -> int:
         """Bytes that the factors take."""
-        return sum(
-            block.activations.nbytes + block.signals.nbytes
-            if isinstance(block, kernels.Factors)
-            else block.rows.nbytes
-            for block in self.blocks
-        )
+        return sum(block.nbytes for block in self.blocks)
 
     @property
     def T(self) -> JacobianTranspose:
@@ -396,9 +391,7 @@ def joined(parts: Sequence[Jacobian]) -> Jacobian:
 def _as_long(a: Jacobian, b: Jacobian) -> bool:
     """Whether blocks that match have as many positions."""
     return all(
-        not isinstance(p, kernels.Factors)
-        or not isinstance(q, kernels.Factors)
-        or p.n_positions == q.n_positions
+        isinstance(p, kernels.Rows) or isinstance(q, kernels.Rows) or p.n_positions == q.n_positions
         for p, q in zip(a.blocks, b.blocks, strict=True)
     )
 
@@ -411,6 +404,12 @@ def _joined_block(parts: Sequence[Block]) -> Block:
             _stacked([p.signals for p in parts if isinstance(p, kernels.Factors)]),
             first.pattern,
             first.bias,
+        )
+    if isinstance(first, kernels.Lookup):
+        return kernels.Lookup(
+            torch.cat([p.tokens for p in parts if isinstance(p, kernels.Lookup)]),
+            _stacked([p.signals for p in parts if isinstance(p, kernels.Lookup)]),
+            first.n_tokens,
         )
     return kernels.Rows(_stacked([p.rows for p in parts if isinstance(p, kernels.Rows)]))
 

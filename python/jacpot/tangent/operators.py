@@ -18,6 +18,8 @@ from jacpot.linalg import FunctionOperator, LinearOperator
 from jacpot.ops.jacobian import (
     Block,
     Factors,
+    Lookup,
+    Rows,
     column_norms,
     dense,
     gram,
@@ -42,6 +44,9 @@ def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
             activations=block.activations[examples].to(dtype),
             signals=block.signals[examples].to(dtype),
         )
+    if isinstance(block, Lookup):
+        signals = block.signals[examples].to(dtype)
+        return Lookup(block.tokens[examples], signals, block.n_tokens)
     return dataclasses.replace(block, rows=block.rows[examples].to(dtype))
 
 
@@ -55,7 +60,7 @@ def mixed_blocks(blocks: Sequence[Block], matrix: Tensor) -> list[Block]:
     out: list[Block] = []
     for block in blocks:
         mix = matrix.to(block.dtype)
-        if isinstance(block, Factors):
+        if not isinstance(block, Rows):
             signals = (mix.mT @ block.signals.flatten(2)).reshape(block.signals.shape)
             out.append(dataclasses.replace(block, signals=signals))
         else:
@@ -95,10 +100,7 @@ class JacobianOperator(LinearOperator):
         self.own_dtype = blocks[0].dtype if blocks else torch.float64
         self.dtype = dtype or self.own_dtype
         self.device = blocks[0].device if blocks else device or torch.device("cpu")
-        size = sum(
-            b.activations.nbytes + b.signals.nbytes if isinstance(b, Factors) else b.rows.nbytes
-            for b in self.blocks
-        )
+        size = sum(block.nbytes for block in self.blocks)
         self.replayable = self.dtype == self.own_dtype and size <= REPLAYED_BYTES
 
     def at(self, examples: Tensor) -> list[Block]:
@@ -122,13 +124,9 @@ class JacobianOperator(LinearOperator):
         if self.dtype == self.own_dtype:
             yield 0, self.n_examples, self.blocks
             return
-        per_example = sum(
-            block.activations[:1].numel() + block.signals[:1].numel()
-            if isinstance(block, Factors)
-            else block.rows[:1].numel()
-            for block in self.blocks
-        )
-        step = max(1, (limit or SLICE_BYTES) // (8 * max(1, per_example)))
+        size = sum(block.nbytes for block in self.blocks) // max(1, self.n_examples)
+        doubled = size // self.own_dtype.itemsize * 8
+        step = max(1, (limit or SLICE_BYTES) // max(1, doubled))
         for begin in range(0, max(1, self.n_examples), step):  # no examples are a slice, too
             end = min(begin + step, self.n_examples)
             yield begin, end, [_at(block, slice(begin, end), self.dtype) for block in self.blocks]
@@ -139,13 +137,14 @@ class JacobianOperator(LinearOperator):
         There are where the blocks are in memory in this operator's dtype; products in float64 are
         the general ones unless that is it.
         """
-        if not self.blocks or self.dtype != self.own_dtype:
+        held = [block for block in self.blocks if not isinstance(block, Lookup)]
+        if not held or len(held) < len(self.blocks) or self.dtype != self.own_dtype:
             return general
         blocks = [
             (block.operands, *block.layout, block.bias)
             if isinstance(block, Factors)
             else block.rows.contiguous()
-            for block in self.blocks
+            for block in held
         ]
         exact = None if self.dtype == torch.float64 else general
         return core.JacobianOperator(form, blocks, self.shape[0], exact, threads())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacpot.ops.jacobian import Block, Factors, Rows, dense
+from jacpot.ops.jacobian import Block, Factors, Lookup, Rows, dense
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Column, Columns
 
@@ -58,8 +58,8 @@ class Piece:
         kept = wanted.nonzero().squeeze(1)
         column = dataclasses.replace(self.column, kept=kept)
         chosen = wanted[self.elements]
-        if isinstance(self.block, Rows):
-            return Piece(column, Rows(self.block.rows[:, :, chosen].contiguous()), None)
+        if not isinstance(self.block, Factors):
+            return Piece(column, Rows(self.rows().rows[:, :, chosen].contiguous()), None)
         g, o, i = self.block.shape
         dense_block = self.block.pattern is None
         places = torch.arange(g * o * i) if dense_block else self.block.kept.cpu()
@@ -87,13 +87,15 @@ def pieces(
 
 def same_layout(a: Sequence[Block], b: Sequence[Block]) -> bool:
     """Whether two lists of blocks, of the same columns, have the same columns in each."""
+    return [_layout(block) for block in a] == [_layout(block) for block in b]
 
-    def layout(block: Block) -> tuple[object, ...]:
-        if isinstance(block, Factors):
-            return Factors, block.shape, block.bias
-        return Rows, block.n_parameters
 
-    return [layout(block) for block in a] == [layout(block) for block in b]
+def _layout(block: Block) -> tuple[object, ...]:
+    if isinstance(block, Factors):
+        return Factors, block.shape, block.bias
+    if isinstance(block, Lookup):
+        return Lookup, block.n_tokens, block.width
+    return Rows, block.n_parameters
 
 
 def in_common(left: Sequence[Piece], right: Sequence[Piece]) -> tuple[list[Block], list[Block]]:
@@ -129,32 +131,35 @@ def stacked(parts: Sequence[Sequence[Piece]]) -> tuple[list[Block], list[Tensor 
     orders: list[Tensor | None] = []
     for same in zip(*parts, strict=True):
         # Of examples that do not use a parameter there are rows, all zero.
-        used = [p for p in same if isinstance(p.block, Factors) or p.block.rows.any()]
-        model = next(iter(used), same[0])
-        factors = [p.block for p in used if isinstance(p.block, Factors)]
+        used = [p for p in same if not isinstance(p.block, Rows) or p.block.rows.any()]
+        factors = [p.block for p in used if not isinstance(p.block, Rows)]
+        layouts = {_layout(block) for block in factors}
         turned = {p.order is not None for p in used}
-        if (
-            isinstance(model.block, Factors)
-            and len({block.shape for block in factors}) == len(turned) == 1
-            and len(factors) == len(used)
-        ):
-            length = max(block.n_positions for block in factors)
-            padded = [_padded(piece.block, model.block, length) for piece in same]
-            activations, signals = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
-            blocks.append(Factors(activations, signals, model.block.pattern))
-            orders.append(model.order)
+        if factors and len(layouts) == len(turned) == 1 and len(factors) == len(used):
+            like, length = factors[0], max(block.n_positions for block in factors)
+            padded = [_padded(piece.block, like, length) for piece in same]
+            given, signals = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
+            if isinstance(like, Factors):
+                blocks.append(Factors(given, signals, like.pattern))
+            else:
+                blocks.append(Lookup(given, signals, like.n_tokens))
+            orders.append(used[0].order)
         else:
             blocks.append(Rows(torch.cat([piece.rows().rows for piece in same])))
             orders.append(None)
     return blocks, orders
 
 
-def _padded(block: Block, like: Factors, length: int) -> tuple[Tensor, Tensor]:
-    """Factors with positions of zeros added up to a number of them."""
-    if isinstance(block, Rows):
-        n, k = block.rows.shape[:2]
-        g, o, i = like.shape
-        zeros = block.rows.new_zeros
-        return zeros(n, length, g, i), zeros(n, k, length, g, o)
-    pad = (0, 0, 0, 0, 0, length - block.n_positions)
-    return F.pad(block.activations, pad), F.pad(block.signals, pad)
+def _padded(block: Block, like: Factors | Lookup, length: int) -> tuple[Tensor, Tensor]:
+    """Activations or tokens, and signals, with positions of zeros added up to a number of them."""
+    missing = length - (0 if isinstance(block, Rows) else block.n_positions)
+    if isinstance(block, Factors):
+        pad = (0, 0, 0, 0, 0, missing)
+        return F.pad(block.activations, pad), F.pad(block.signals, pad)
+    if isinstance(block, Lookup):
+        return F.pad(block.tokens, (0, missing)), F.pad(block.signals, (0, 0, 0, missing))
+    n, k = block.n_examples, block.n_outputs
+    if isinstance(like, Lookup):
+        return like.tokens.new_zeros(n, length), block.rows.new_zeros(n, k, length, like.width)
+    g, o, i = like.shape
+    return block.rows.new_zeros(n, length, g, i), block.rows.new_zeros(n, k, length, g, o)

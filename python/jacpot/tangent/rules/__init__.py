@@ -2,11 +2,12 @@
 
 from jacpot.tangent.rules import convolution, embedding, linear, normalisation, sparse
 from jacpot.tangent.rules.registry import RULES, LayerRule, register_layer_rule
-from jacpot.tangent.rules.terms import Outer, Rows, Summed, Term
+from jacpot.tangent.rules.terms import LookedUp, Outer, Rows, Summed, Term
 
 __all__ = [
     "RULES",
     "LayerRule",
+    "LookedUp",
     "Outer",
     "Rows",
     "Summed",

@@ -1,22 +1,22 @@
-"""Embeddings: a linear layer whose activations have a single one, at the token."""
+"""Embeddings: each position looks up an entry of a table."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jacpot.tangent.rules.registry import register_layer_rule
-from jacpot.tangent.rules.terms import Outer, Term
+from jacpot.tangent.rules.terms import LookedUp, Term
 
 __all__ = ["embedding", "embedding_bag"]
 
 
-def _one_hot(tokens: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-    """``(M, T)`` tokens -> ``(M, T, V)``; the padding token counts as no token, as in torch."""
-    hot = F.one_hot(tokens, len(weight)).to(weight.dtype)
-    if padding_idx is not None:
-        hot[..., padding_idx] = 0
-    return hot
+def _counts(tokens: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+    """Whether each token counts, 1 or 0: the padding token counts as no token, as in torch."""
+    if padding_idx is None:
+        return torch.ones_like(tokens, dtype=weight.dtype)
+    return (tokens != padding_idx % len(weight)).to(weight.dtype)
 
 
 @register_layer_rule(F.embedding, parameters=("weight",), integer_input=True)
@@ -32,9 +32,11 @@ def embedding(
 ) -> dict[str, Term]:
     """``y = E[token]``: tokens (M, ...) and δ (M, K, ..., D)."""
     m, k = signals.shape[:2]
-    hot = _one_hot(input.reshape(m, -1), weight, padding_idx)
-    delta = signals.reshape(m, k, hot.shape[1], 1, -1)
-    return {"weight": Outer(hot.unsqueeze(2), delta, transposed=True)}
+    tokens = input.reshape(m, -1).long()
+    delta = signals.reshape(m, k, tokens.shape[1], weight.shape[1])
+    if padding_idx is not None:
+        delta = delta * _counts(tokens, weight, padding_idx)[:, None, :, None]
+    return {"weight": LookedUp(tokens, delta, len(weight))}
 
 
 def _one_bag_a_row(
@@ -69,10 +71,10 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> dict[str, Term]:
     """Sums or means of the rows of a bag, tokens (M, L), δ (M, K, D)."""
-    hot = _one_hot(input, weight, padding_idx)
-    if per_sample_weights is not None:
-        hot = hot * per_sample_weights.unsqueeze(2)
-    counts = hot.sum(1)
+    counts = _counts(input, weight, padding_idx)
     if mode == "mean":
         counts = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    return {"weight": Outer(counts[:, None, None], signals[:, :, None, None], transposed=True)}
+    elif per_sample_weights is not None:
+        counts = counts * per_sample_weights
+    delta = signals[:, :, None] * counts[:, None, :, None]
+    return {"weight": LookedUp(input.long(), delta, len(weight))}

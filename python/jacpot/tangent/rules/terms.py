@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from jacpot.ops.jacobian import Factors, dense
+from jacpot.ops.jacobian import Factors, Lookup, dense
 from jacpot.ops.jacobian_windows import Windows
 from jacpot.ops.pattern import Pattern
 
-__all__ = ["Fold", "Outer", "Rows", "Summed", "Term", "positions", "reduced"]
+__all__ = ["Fold", "LookedUp", "Outer", "Rows", "Summed", "Term", "positions", "reduced"]
 
 
 class Fold:
@@ -119,6 +120,48 @@ class Outer:
 
 
 @dataclass(frozen=True, eq=False)
+class LookedUp:
+    """A table's share, ``J[m,k,v,d] = Σ_t [tokens[m,t] = v] · signals[m,k,t,d]``.
+
+    Parameters
+    ----------
+    tokens
+        ``(M, T)`` int64, the entry of the table that each position looks up.
+    signals
+        ``(M, K, T, D)``.
+    n_tokens
+        Entries of the table, V.
+    """
+
+    tokens: Tensor
+    signals: Tensor
+    n_tokens: int
+
+    def folded(self, fold: Fold) -> LookedUp:
+        """Count per example."""
+        return LookedUp(fold(self.tokens, 1), fold(self.signals, 2), self.n_tokens)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the rows take less room, as those of a table of fewer entries than positions."""
+        return self.n_tokens < self.tokens.shape[1]
+
+    @property
+    def block(self) -> Lookup:
+        """The same as a block of a Jacobian."""
+        return Lookup(self.tokens, self.signals, self.n_tokens)
+
+    def outer(self) -> Outer:
+        """The same as that of a linear layer, whose activations have a single one."""
+        hot = F.one_hot(self.tokens, self.n_tokens).to(self.signals.dtype)
+        return Outer(hot.unsqueeze(2), self.signals.unsqueeze(3), transposed=True)
+
+    def rows(self) -> Tensor:
+        """Add up, ``(M, K, V·D)``."""
+        return self.block.rows()
+
+
+@dataclass(frozen=True, eq=False)
 class Summed:
     """A bias' share, ``J[m,k,(g,o)] = Σ_t signals[m,k,t,g,o]``.
 
@@ -181,12 +224,16 @@ class Rows:
         return self.values.reshape(m, k, math.prod(shape))  # a number has no axis to flatten
 
 
-Term: TypeAlias = Outer | Summed | Rows
+Term: TypeAlias = Outer | LookedUp | Summed | Rows
 
 
 def reduced(terms: Mapping[str, Term]) -> dict[str, Term]:
     """Multiply out the factors that take more room than their rows, and biases that share them."""
-    kept = {id(t.signals) for t in terms.values() if isinstance(t, Outer) and not t.reduces}
+    kept = {
+        id(term.signals)
+        for term in terms.values()
+        if isinstance(term, Outer | LookedUp) and not term.reduces
+    }
     return {
         name: term if isinstance(term, Rows) or id(term.signals) in kept else Rows(term.rows())
         for name, term in terms.items()
