@@ -101,6 +101,10 @@ def test_errors_name_the_argument(tmp_path):
         ("imp", ["--density", "0.5"], "density: has no meaning for imp"),
         ("zhou", ["--scope", "erk"], "scope: has no meaning for zhou"),
         ("snip", ["--rounds", "2"], "rounds: has no meaning for snip"),
+        ("imp", ["--prune-fraction", "2"], "prune_fraction: expected a share in (0, 1), got 2.0"),
+        ("imp", ["--rewind", "never"], "a step below those of a training, 10, got never"),
+        ("imp", ["--rewind", "10"], "a step below those of a training, 10, got 10"),
+        ("zhou", ["--density", "1"], "density: expected a probability below 1 for zhou"),
         ("snip", ["--device", "meta"], "device: 'meta' cannot be used"),
     ],
 )

@@ -223,7 +223,7 @@ def _run(
         try:
             for seed in range(seeds):
                 run(store, settings, parts, seed, keep)
-        except (KeyboardInterrupt, OSError, RuntimeError) as end:
+        except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as end:
             return rows, end
     return rows, None
 

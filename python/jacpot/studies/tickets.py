@@ -89,6 +89,18 @@ class TicketSettings:
         for density in self.densities:
             if not 0 < density <= 1:
                 raise ValueError(f"density: expected a share in (0, 1], got {density}")
+            if density == 1 and self.method == "zhou":
+                raise ValueError("density: expected a probability below 1 for zhou, got 1")
+        if not 0 < self.prune_fraction < 1:
+            raise ValueError(
+                f"prune_fraction: expected a share in (0, 1), got {self.prune_fraction}"
+            )
+        steps = isinstance(self.rewind, int) and 0 <= self.rewind < self.recipe.steps
+        if not steps and self.rewind not in ("init", "learning-rate"):
+            raise ValueError(
+                "rewind: expected init, learning-rate or a step below those of a training, "
+                f"{self.recipe.steps}, got {self.rewind}"
+            )
 
     @property
     def trainings(self) -> int:
