@@ -345,5 +345,6 @@ def linearize(
 def _load_forward_mode() -> None:
     # The first jvp of a process loads a module that uses torch.jit.script, which warns.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for category in (DeprecationWarning, FutureWarning):  # which, depends on the version
+            warnings.simplefilter("ignore", category)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
