@@ -99,11 +99,13 @@ class Problem:
         start: Tensor | None,
     ) -> Solution:
         """Solve for Δ, in the order of the blocks: see `LinearizedModule.fit`."""
-        how = (self.ridge, method, named(preconditioner), tol, max_iter, callback, start)
+        rest = (tol, max_iter, callback, start)
         if self.loss == "mse":
+            how = (self.ridge, method, preconditioner, *rest)
             return fit_squared(self.jacobian, self.residual, *how)
         if self.ridge == 0:
             raise ValueError(f"argument 'ridge' must be above 0 for loss {self.loss!r}")
+        how = (self.ridge, method, named(preconditioner), *rest)
         return fit_convex(self.jacobian, self.outputs, self.targets, self.objective, *how)
 
 
