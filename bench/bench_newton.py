@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from bench_fit import mnist, network
-from harness import Report, parser
+from harness import Report, parser, set_up
 from torch.nn.functional import cross_entropy
 
 import jacpot
@@ -104,7 +104,7 @@ def main() -> None:
     options.add_argument("--ridge", type=float, default=0.1, help="of the mean diagonal")
     options.add_argument("--limit", type=float, default=120.0, help="seconds of Gauss-Newton")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     examples = 1000 if arguments.quick else 10_000
     report = Report("Newton's method, MNIST")
     for name in arguments.case:

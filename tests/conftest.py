@@ -115,7 +115,10 @@ def _cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 def _real() -> Iterator[torch.device]:
     if (reason := why_no_gpu()) is not None:
         pytest.skip(reason)
+    # What is compared with the CPU must be float32 there, too.
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield torch.device("cuda", 0)
+    torch.backends.cudnn.allow_tf32 = before
     torch.cuda.synchronize()  # a kernel that failed fails the test that launched it
 
 
@@ -139,6 +142,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 def any_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Run the test on the CPU, as it comes, and on a GPU."""
     yield from _cuda(request) if request.param == "cuda" else iter([torch.device("cpu")])
+
+
+@pytest.fixture(params=["cpu", on_gpu])
+def real_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Run the test on the CPU and on a GPU, for what looks at memory: that cannot be pretended."""
+    yield from _real() if request.param == "cuda" else iter([torch.device("cpu")])
 
 
 @pytest.fixture(params=["pretended", on_gpu])

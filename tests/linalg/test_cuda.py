@@ -16,7 +16,7 @@ from jacpot.linalg.cuda_cg import CHECK_EVERY
 from jacpot.ops.jacobian import Factors, Rows
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 
-EVERY = ["cg", "block_cg", "cholesky", "lsmr"]
+EVERY = ["cg", "block_cg", "cholesky", "lsmr", "minres"]
 
 
 def system(n, columns, dtype, seed, condition=100.0):
@@ -167,6 +167,35 @@ def test_block_cg_of_dependent_right_hand_sides(emulated_cuda):
     assert not solution.x[:, -1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_minres_solves_what_is_indefinite(emulated_cuda, dtype, preconditioned):
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    values = torch.linspace(1, 2, 40, dtype=torch.float64) * (1 - 2.0 * (torch.arange(40) % 3 == 0))
+    a = ((q * values) @ q.T).to(dtype)
+    b = torch.randn(40, 3, generator=generator, dtype=torch.float64).to(dtype)
+    inverse = (q / values.abs()) @ q.T  # of |A|: what is left has eigenvalues of ±1
+    options = {"preconditioner": lambda r: inverse @ r.double()} if preconditioned else {}
+    solution = solve(a, b, method="minres", tol=1e-8, **options)
+    assert solution.converged, str(solution)
+    exact = torch.linalg.solve(a.double(), b.double())
+    torch.testing.assert_close(solution.x, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+    if preconditioned:
+        assert solution.iterations <= 8
+
+
+def test_minres_names_what_it_cannot_solve(emulated_cuda):
+    a, b = torch.diag(torch.tensor([1.0, 2.0, 0.0])).double(), torch.ones(3, 2).double()
+    assert solve(a, b, method="minres").status is Status.inconsistent
+    b[2] = 0
+    assert solve(a, b, method="minres").converged
+    solution = solve(a, b, method="minres", preconditioner=lambda r: -r)
+    assert solution.status is Status.preconditioner
+    a[0, 0] = torch.nan
+    assert solve(a, b, method="minres").status is Status.non_finite
+
+
 def test_cholesky_is_refined_to_float64(emulated_cuda):
     a, b = system(50, 2, torch.float32, 1, condition=1e3)
     solution = solve(a, b, method="cholesky", tol=1e-12)
@@ -288,8 +317,6 @@ def test_a_replayed_iteration_on_a_gpu(real_gpu):
 
 def test_refusals(emulated_cuda):
     a, b = system(5, 1, torch.float64, 0)
-    with pytest.raises(NotImplementedError, match="'minres' has no CUDA version, but 'cholesky'"):
-        solve(a, b, method="minres")
     with pytest.raises(ValueError, match="'operator' must be on the CPU or a CUDA device, got me"):
         solve(a.to("meta"), b)
     with pytest.raises(ValueError, match="must have 4 rows like the operator, got 5"):

@@ -30,7 +30,7 @@ def convolved(draw):
 
 
 @given(convolved())
-def test_windows(problem):
+def test_windows(any_device, problem):
     x, kernel, stride, dilation = problem
     cut = x
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
@@ -38,7 +38,8 @@ def test_windows(problem):
         cut = cut[..., ::d]
     dims = len(kernel)  # (N, C, *places, *kernel)
     expected = cut.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
-    torch.testing.assert_close(windows(x, kernel, stride, dilation), expected)
+    got = windows(x.to(any_device), kernel, stride, dilation)
+    torch.testing.assert_close(got.cpu(), expected)
 
 
 def test_windows_of_some_examples():

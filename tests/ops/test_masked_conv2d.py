@@ -23,21 +23,21 @@ from jacpot.ops.masked_conv2d import masked_conv2d, window_of
     relu=st.booleans(),
 )
 def test_forward_and_gradients(
-    each_isa, channels, size, stride, padding, dilation, image, examples, density, dtype, relu
+    device, channels, size, stride, padding, dilation, image, examples, density, dtype, relu
 ):
-    mask = torch.rand(*channels, *size) < density
+    mask = (torch.rand(*channels, *size) < density).to(device)
     window = window_of(mask.shape, stride, padding, dilation)
     pattern = jacpot.Pattern(window.flatten(mask))
-    weight = (torch.randn(mask.shape, dtype=dtype) * mask).requires_grad_()
+    weight = (torch.randn(mask.shape, dtype=dtype).to(device) * mask).requires_grad_()
     values = weight.detach()[mask].requires_grad_()
-    bias = torch.randn(channels[0], dtype=dtype)
-    x = torch.randn(examples, channels[1], *image, dtype=dtype, requires_grad=True)
+    bias = torch.randn(channels[0], dtype=dtype).to(device)
+    x = torch.randn(examples, channels[1], *image, dtype=dtype).to(device).requires_grad_()
     y = masked_conv2d(x, values, pattern, window, bias, relu=relu, method="sparse")
     expected = functional.conv2d(x, weight, bias, stride, padding, dilation)
     expected = expected.relu() if relu else expected
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
     torch.testing.assert_close(y, expected, **tolerance)
-    seed = torch.randn_like(expected)
+    seed = torch.randn(expected.shape, dtype=dtype).to(device)
     dx, dv = torch.autograd.grad(y, (x, values), seed, retain_graph=True)
     ex, ew = torch.autograd.grad(expected, (x, weight), seed)
     torch.testing.assert_close(dx, ex, **tolerance)

@@ -276,17 +276,17 @@ def test_differentiates_one_argument_alone(wanted, any_device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_operators_are_well_formed(dtype, any_device):
-    pattern, *arguments = small_problem(any_device)
+def test_operators_are_well_formed(dtype, real_device):
+    pattern, *arguments = small_problem(real_device)
     x, values, bias = (a.detach().to(dtype).requires_grad_() for a in arguments)
     ops = torch.ops.jacpot
     check = torch.library.opcheck
     check(ops.masked_matmul.default, (x, values, bias, pattern.block, 7, False, False))
     check(ops.masked_matmul.default, (x, values, None, pattern.block, 7, True, True))
-    dy = torch.randn(3, 7, dtype=dtype).to(any_device).requires_grad_()
+    dy = torch.randn(3, 7, dtype=dtype).to(real_device).requires_grad_()
     for wants in ((True, True), (True, False), (False, True)):
         check(ops.masked_matmul_backward.default, (dy, x, values, pattern.block, *wants))
-    weight = torch.randn(7, 5, dtype=dtype).to(any_device).requires_grad_()
+    weight = torch.randn(7, 5, dtype=dtype).to(real_device).requires_grad_()
     check(ops.compress.default, (weight, pattern.block, pattern.nnz))
     check(ops.expand.default, (values, pattern.block, 7, 5))
 

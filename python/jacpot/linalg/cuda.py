@@ -14,6 +14,7 @@ from torch import Tensor
 from jacpot.linalg.cuda_block_cg import BlockConjugateGradients
 from jacpot.linalg.cuda_cg import ConjugateGradients
 from jacpot.linalg.cuda_lsmr import LeastSquares
+from jacpot.linalg.cuda_minres import MinimalResidual
 from jacpot.linalg.cuda_refine import refine
 from jacpot.linalg.operator import LinearOperator
 
@@ -23,6 +24,7 @@ SOLVERS: dict[str, Any] = {
     "cg": ConjugateGradients,
     "block_cg": BlockConjugateGradients,
     "lsmr": LeastSquares,
+    "minres": MinimalResidual,
 }
 
 
@@ -44,15 +46,5 @@ def iterate(
     dict
         ``outcome``, ``iterations``, ``history``, ``products`` and ``residual_norms``; without the
         last after Ctrl-C.
-
-    Raises
-    ------
-    NotImplementedError
-        For a method that has no CUDA version.
     """
-    if method not in SOLVERS:
-        raise NotImplementedError(
-            f"argument 'method': {method!r} has no CUDA version, but 'cholesky', "
-            f"{', '.join(map(repr, SOLVERS))} have; or move the system to the CPU"
-        )
     return refine(SOLVERS[method](a, b, x, damping, inverse, tol, max_iter, callback))

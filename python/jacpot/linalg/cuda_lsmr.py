@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from jacpot.linalg.cuda_cg import is_due
-from jacpot.linalg.cuda_refine import Solver, exact_product
+from jacpot.linalg.cuda_refine import Solver, exact_product, over
 from jacpot.linalg.solution import Status
 
 __all__ = ["LeastSquares"]
-
-
-def _over(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, zero where a column is done and b is zero."""
-    return torch.where(b == 0, torch.zeros_like(a), a / torch.where(b == 0, 1.0, b))
 
 
 class LeastSquares(Solver):
@@ -63,8 +58,8 @@ class LeastSquares(Solver):
         if not bool((self.length >= 0).all()):
             return Status.preconditioner
         beta, length = self.u.norm(dim=0), self.length.sqrt()
-        alpha = _over(length, beta)
-        u, p, v = _over(self.u, beta), _over(self.p, length), _over(self.v, length)
+        alpha = over(length, beta)
+        u, p, v = over(self.u, beta), over(self.p, length), over(self.v, length)
         first_length = length.cpu()
         plain = torch.where(first_length > 0, self.normal / first_length, 0.0)
         # With a preconditioner the plain norm is an estimate: too short a cycle would be in vain.
@@ -80,33 +75,33 @@ class LeastSquares(Solver):
             size, alpha_before = v.norm(dim=0), alpha
             u = self._forward(v) - alpha * u
             beta = u.norm(dim=0)
-            u = _over(u, beta)
+            u = over(u, beta)
             p = self._backward(u) - beta * p
             v = self.precondition(p)
             square = (p * v).sum(0)
             alpha = square.sqrt()  # NaN where the preconditioner is not positive definite
-            p, v = _over(p, alpha), _over(v, alpha)
-            norm_a = torch.maximum(norm_a, _over(torch.hypot(alpha_before, beta), size))
+            p, v = over(p, alpha), over(v, alpha)
+            norm_a = torch.maximum(norm_a, over(torch.hypot(alpha_before, beta), size))
 
             rho_old, rhobar_old, zeta_old = rho, rhobar, zeta
             rho = torch.hypot(alphabar, beta)
-            c, s = _over(alphabar, rho), _over(beta, rho)
+            c, s = over(alphabar, rho), over(beta, rho)
             theta, alphabar = s * alpha, c * alpha
             thetabar = sbar * rho
             rhobar = torch.hypot(cbar * rho, theta)
-            cbar, sbar = _over(cbar * rho, rhobar), _over(theta, rhobar)
+            cbar, sbar = over(cbar * rho, rhobar), over(theta, rhobar)
             zeta, zetabar = cbar * zetabar, -sbar * zetabar
-            hbar = h - _over(thetabar * rho, rho_old * rhobar_old) * hbar
-            x += _over(zeta, rho * rhobar) * hbar
-            h = v - _over(theta, rho) * h
+            hbar = h - over(thetabar * rho, rho_old * rhobar_old) * hbar
+            x += over(zeta, rho * rhobar) * hbar
+            h = v - over(theta, rho) * h
 
             betahat, betadd = c * betadd, -s * betadd
             thetatilde_old, rhotilde = thetatilde, torch.hypot(rhod, thetabar)
-            ctilde, stilde = _over(rhod, rhotilde), _over(thetabar, rhotilde)
+            ctilde, stilde = over(rhod, rhotilde), over(thetabar, rhotilde)
             thetatilde, rhod = stilde * rhobar, ctilde * rhobar
             betad = ctilde * betahat - stilde * betad
-            tautilde = _over(zeta_old - thetatilde_old * tautilde, rhotilde)
-            taud = _over(zeta - thetatilde * tautilde, rhod)
+            tautilde = over(zeta_old - thetatilde_old * tautilde, rhotilde)
+            taud = over(zeta - thetatilde * tautilde, rhod)
             if not is_due(self.iterations - first) and self.iterations < self.limit:
                 continue
             seen = torch.stack(

@@ -12,7 +12,7 @@ from torch import Tensor
 from jacpot.linalg.operator import DenseOperator, LinearOperator
 from jacpot.linalg.solution import Status
 
-__all__ = ["Solver", "exact_product", "refine"]
+__all__ = ["Solver", "exact_product", "over", "refine"]
 
 PATIENCE = 3  # recomputed residuals in a row that are no smaller, before it counts as stagnated
 PANEL_BYTES = 256 << 20  # of a float32 matrix that is widened at a time
@@ -58,6 +58,10 @@ class Solver:
         """Recompute the residual in float64, set `norms`, and tell whether x solves the system."""
         raise NotImplementedError
 
+    def hopeless(self) -> Status | None:
+        """Tell of the recomputed residual why nothing can make it smaller, where that is known."""
+        return None
+
     def measure(self) -> float:
         """Give what a restart must make smaller."""
         return float(self.relative(self.norms).max()) if len(self.norms) else 0.0
@@ -102,6 +106,11 @@ def exact_product(a: LinearOperator, x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def over(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b``, zero where a column is done and b is zero."""
+    return torch.where(b == 0, torch.zeros_like(a), a / torch.where(b == 0, 1.0, b))
+
+
 def refine(solver: Solver) -> dict[str, Any]:
     """Restart a solver until its recomputed residual is small enough, or cannot become so."""
     interrupted = False
@@ -131,6 +140,8 @@ def _refine(solver: Solver) -> Status:
             return Status.non_finite
         if solved:
             return Status.converged
+        if (status := solver.hopeless()) is not None:
+            return status
         measure = solver.measure()
         idle = 0 if best is None or measure < 0.7 * best else idle + 1
         best = measure if best is None else min(best, measure)

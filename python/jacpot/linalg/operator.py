@@ -445,4 +445,4 @@ def power_of_two(columns: Tensor) -> Tensor:
         return torch.ones(columns.shape[1], dtype=torch.float64, device=columns.device)
     sizes = columns.abs().amax(dim=0).tolist()
     scales = [power_of_two_above(size) for size in sizes]
-    return torch.tensor(scales, dtype=torch.float64, device=columns.device)
+    return torch.tensor(scales, dtype=torch.float64).to(columns.device)

@@ -73,7 +73,7 @@ def solve(
         an operator of SciPy or CuPy, or a function ``v -> A v`` (see `jacpot.linalg.as_operator`).
     rhs
         b, (m,) or (m, R): a tensor, NumPy or CuPy array, float32 or float64. On a GPU the
-        operator must be on the same one, and there is every method but ``"minres"``.
+        operator must be on the same one.
     damping
         Non-negative.
     method
@@ -149,7 +149,7 @@ def solve(
         raise ValueError("argument 'preconditioner': method 'cholesky' has its own, use 'cg'")
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scales = [power_of_two_above(size) for size in largest]
-    scale = torch.tensor(scales, dtype=torch.float64, device=b.device)
+    scale = torch.tensor(scales, dtype=torch.float64).to(b.device)
     shape = (a.shape[1], *b.shape[1:])
     guess = None
     if x0 is not None:

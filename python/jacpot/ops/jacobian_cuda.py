@@ -97,7 +97,7 @@ def _add_units(
 
     Products (U, N, M), signals (N, K, U) and (M, K, U).
     """
-    n, k = left.shape[:2]
+    k = left.shape[1]
     if outputs == "full" and k > 1:
         _backend.cuda().jacobian_add_units(
             products, left, right, symmetric, out, *_backend.queue(out)
@@ -109,7 +109,7 @@ def _add_units(
     else:
         with matmul_precision("exact"):
             each = torch.bmm(left.permute(2, 0, 1), right.permute(2, 1, 0))
-        out.view(n, -1).add_(each.mul_(products).sum(0))
+        out.view(products.shape[1:]).add_(each.mul_(products).sum(0))
 
 
 def _mirror(out: Tensor, outputs: str) -> None:
