@@ -15,7 +15,9 @@ struct LinearLayer {
   static constexpr bool many = JACPOT_VECTOR_BYTES == 64;
   static constexpr int examples = many ? 4 : 2, outputs = many ? 6 : 4;
   static constexpr int signals = many ? 8 : 4, vectors = 3;
-  static constexpr int panel_width = vectors * width;
+  // Two tiles wide: rows of W lie on pages of their own, and to find a page takes longer than to
+  // read from it.
+  static constexpr int tile_width = vectors * width, panel_width = 2 * tile_width;
 
   static JACPOT_INLINE Vec load_part(const T* p, std::int64_t left) {
     if (left >= width) return V::load(p);
@@ -81,8 +83,8 @@ struct LinearLayer {
                    T* panel) {
     Vec difference = V::zero();
     for (std::int64_t o = 0; o < rows; ++o, w += stride)
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j, panel += width) {
+#pragma GCC unroll 6
+      for (int j = 0; j < 2 * vectors; ++j, panel += width) {
         const Vec v = load_part(w + j * width, columns - j * width);
         difference += v - v;  // inf - inf is nan
         V::store(panel, v);
@@ -134,8 +136,9 @@ struct LinearLayer {
     const std::int64_t parts = (k + signals - 1) / signals;
     for (std::int64_t part = 0; part < parts; ++part) {
       const std::int64_t q = part * k / parts, size = (part + 1) * k / parts - q;
-      add_tile_of<signals>(size, rows, values + q, count, k, panel, columns, first,
-                           out + q * stride, stride);
+      for (std::int64_t i = 0; i < columns; i += tile_width)
+        add_tile_of<signals>(size, rows, values + q, count, k, panel + i, columns - i, first,
+                             out + q * stride + i, stride);
     }
   }
 
