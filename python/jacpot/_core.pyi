@@ -30,6 +30,7 @@ __all__: list[str] = [
     "jacobian_signs",
     "jacobian_sparse_sketch",
     "jacobian_vjp",
+    "jacobian_window_rows",
     "jacobian_windows",
     "krylov_solve",
     "linear_layer",
@@ -237,6 +238,20 @@ def jacobian_vjp(
 ) -> None:
     """
     The product of a layer's transposed Jacobian with vectors.
+    """
+
+def jacobian_window_rows(
+    x: typing.Any,
+    places: typing.Any,
+    runs: typing.Any,
+    run: typing.SupportsInt | typing.SupportsIndex,
+    signals: typing.Any,
+    out: typing.Any,
+    offset: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Writes the rows of a convolution.
     """
 
 def jacobian_windows(

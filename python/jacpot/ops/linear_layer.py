@@ -18,6 +18,7 @@ __all__ = ["backward", "forward", "linear"]
 
 FEW_EXAMPLES = 64  # up to here reading a weight as it lies beats packing it
 SEVERAL_SIGNALS = 4  # from here on a row of the weight is worth an example's own walk
+MANY_ZEROS = 0.25  # from here on leaving them out beats a BLAS that does not
 LARGE_WEIGHT = 1 << 12  # below, a product takes less time than to call it from Python
 
 
@@ -92,7 +93,8 @@ def backward(signals: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, which it calls wherever it is no slower.
 
-    A batch of vector-Jacobian products through it, by `torch.func.vmap`, takes `backward`.
+    A batch of vector-Jacobian products through it, by `torch.func.vmap`, takes `backward` where the
+    signals have zeros enough.
     """
     if not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -109,6 +111,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and all(p.dtype == x.dtype and not p.requires_grad for p in fixed)
         and x.device.type == "cpu"
         and weight.numel() >= LARGE_WEIGHT
+        and (len(x) <= FEW_EXAMPLES or x.requires_grad)
         and not is_transformed()
         and not is_forward_mode()
     )
@@ -137,9 +140,12 @@ def _batched(
     """Pull K signals ``(N, O)`` back at once; the result lies ``(N, K, I)``."""
     assert in_dims[0] is not None
     assert in_dims[1] is None
-    if info.batch_size < SEVERAL_SIGNALS:
-        return signals.movedim(in_dims[0], 0) @ weight, 0
-    return backward(signals.movedim(in_dims[0], 1), weight), 1
+    signals = signals.movedim(in_dims[0], 0)
+    one = signals[0]
+    zeros = one.numel() - int(one.count_nonzero())
+    if info.batch_size < SEVERAL_SIGNALS or zeros < MANY_ZEROS * one.numel():
+        return signals @ weight, 0
+    return backward(signals.transpose(0, 1), weight), 1
 
 
 _Library: Any = torch.library.Library  # untyped in PyTorch
