@@ -69,8 +69,8 @@ def fit_squared(
         ``x`` is Δ (P,) in float64; ``details["dual"]`` is α (N·K,) where the dual was solved.
     """
     check_limits(tol, max_iter)
-    automatic = preconditioner in (None, "none", "auto")
     preconditioner = named(preconditioner)
+    automatic = preconditioner is None or isinstance(preconditioner, Auto)
     r = residual.double().reshape(-1)
     method = _choose(method, jacobian, ridge)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "callback": callback}
