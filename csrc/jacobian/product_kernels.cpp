@@ -59,7 +59,8 @@ struct Products {
     return v[0];
   }
 
-  // out[k] += ⟨s[k], z⟩ for K rows of signals at once.
+  // out[k] += ⟨s[k], z⟩ for K rows of signals at once. The rows after these are asked for
+  // meanwhile: that many streams are more than the hardware follows.
   template <int K, bool Squared>
   static void dot_rows(const T* s, std::int64_t step, std::int64_t length, const T* z, T* out,
                        std::int64_t out_step) {
@@ -70,8 +71,10 @@ struct Products {
     for (; x + width <= length; x += width) {
       const Vec c = V::load(z + x);
 #pragma GCC unroll 16
-      for (int k = 0; k < K; ++k)
+      for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(s + (K + k) * step + x);
         acc[k] = V::fma(square_if<Squared>(V::load(s + k * step + x)), c, acc[k]);
+      }
     }
     if (const std::int64_t rest = length - x; rest > 0) {
       const Vec c = V::load_first(z + x, rest);
@@ -122,8 +125,10 @@ struct Products {
         for (std::int64_t q = 0; q < k; ++q) {
           const Vec b = V::broadcast(u[q * r + j]);
 #pragma GCC unroll 4
-          for (int i = 0; i < at_once; ++i)
+          for (int i = 0; i < at_once; ++i) {
+            __builtin_prefetch(s + (k + q) * step + x + i * width);
             acc[i] = V::fma(b, square_if<Squared>(V::load(s + q * step + x + i * width)), acc[i]);
+          }
         }
         for (int i = 0; i < at_once; ++i) V::store(to + x + i * width, acc[i]);
       }
@@ -157,8 +162,10 @@ struct Products {
 
   static void multiply(const T* x, const std::int64_t* offsets, const std::int32_t* columns,
                        const T* v, std::int64_t outputs, std::int64_t rows, T* z,
-                       std::int64_t z_stride, T* scratch) {
+                       std::int64_t z_stride, T* scratch, const T* ahead, std::int64_t ahead_size) {
     constexpr int block = forward * width;
+    const std::int64_t pairs = (offsets[outputs] - offsets[0]) / 2;
+    const std::int64_t step = pairs ? ahead_size / pairs : 0;
     for (std::int64_t o = 0; o < outputs; ++o) {
       // Two chains per vector hide the latency of the additions.
       Vec even[forward], odd[forward];
@@ -168,6 +175,8 @@ struct Products {
         const T* a = x + columns[e] * static_cast<std::int64_t>(block);
         const T* b = x + columns[e + 1] * static_cast<std::int64_t>(block);
         const Vec p = V::broadcast(v[e]), q = V::broadcast(v[e + 1]);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += step;
 #pragma GCC unroll 4
         for (int j = 0; j < forward; ++j) {
           even[j] = V::fma(p, V::load(a + j * width), even[j]);

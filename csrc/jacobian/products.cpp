@@ -98,6 +98,10 @@ Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, 
       const std::int64_t examples = std::min(held.examples, l.n - first);
       const std::int64_t rows = examples * l.positions;
       const T* from = l.activations + first * l.positions * width;
+      // Signals of all these examples, a part in each of the products before they are read.
+      const T* ahead = l.signals + first * l.signals_example;
+      const std::int64_t ahead_size =
+          examples * l.signals_example / (l.groups * ((rows + block - 1) / block));
       for (std::int64_t g = 0; g < l.groups; ++g)
         for (std::int64_t row = 0; row < rows; row += block) {
           const std::int64_t count = std::min(block, rows - row);
@@ -105,7 +109,8 @@ Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, 
           for (std::int64_t j = 0; j < r; ++j)
             kernel.multiply(x, l.row_offsets + g * l.outputs, l.columns, v + j * parameters,
                             l.outputs, count, z + j * held.stride + row * units + g * l.outputs,
-                            units, x + l.inputs * block);
+                            units, x + l.inputs * block, ahead, j == 0 ? ahead_size : 0);
+          ahead += ahead_size;
         }
       for (std::int64_t i = 0; i < examples; ++i) {
         T* own = z + i * held.length;

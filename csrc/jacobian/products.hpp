@@ -69,10 +69,11 @@ struct ProductKernels {
   // dst (columns, block) = x (rows, columns) transposed, zero beyond `rows`
   void (*pack)(const T* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                std::int64_t block, T* dst);
-  // z (rows, outputs) = x · Vᵀ from x packed with forward_block; scratch of outputs · forward_block
+  // z (rows, outputs) = x · Vᵀ from x packed with forward_block; scratch of outputs ·
+  // forward_block. What is needed next, `ahead_size` elements, is fetched from memory meanwhile.
   void (*multiply)(const T* x, const std::int64_t* offsets, const std::int32_t* columns, const T* v,
-                   std::int64_t outputs, std::int64_t rows, T* z, std::int64_t z_stride,
-                   T* scratch);
+                   std::int64_t outputs, std::int64_t rows, T* z, std::int64_t z_stride, T* scratch,
+                   const T* ahead, std::int64_t ahead_size);
   // g[e] += ⟨w[:, o(e)], x[:, column(e)]⟩ from w and x packed with backward_block
   void (*sample)(const T* w, const T* x, const std::int64_t* offsets, const std::int32_t* columns,
                  std::int64_t outputs, T* g);

@@ -39,7 +39,7 @@ JACPOT_INLINE void transpose_block(const T* const* src, T* dst, std::int64_t dst
   for (int i = 0; i < w; ++i) V::store(dst + i * dst_stride, v[i]);
 }
 
-// dst (cols, rows) = transpose of src (rows, cols)
+// dst (cols, rows) = transpose of src (rows, cols), whose next rows are asked for meanwhile
 template <class T>
 JACPOT_INLINE void transpose(const T* src, std::int64_t src_stride, std::int64_t rows,
                              std::int64_t cols, T* dst, std::int64_t dst_stride) {
@@ -48,7 +48,10 @@ JACPOT_INLINE void transpose(const T* src, std::int64_t src_stride, std::int64_t
     for (std::int64_t j = 0; j < cols; j += w) {
       if (i + w <= rows && j + w <= cols) {
         const T* lines[w];
-        for (int r = 0; r < w; ++r) lines[r] = src + (i + r) * src_stride + j;
+        for (int r = 0; r < w; ++r) {
+          lines[r] = src + (i + r) * src_stride + j;
+          __builtin_prefetch(lines[r] + w * src_stride);
+        }
         transpose_block<T>(lines, dst + j * dst_stride + i, dst_stride);
       } else {
         for (std::int64_t r = i; r < rows && r < i + w; ++r)

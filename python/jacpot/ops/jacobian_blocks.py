@@ -133,7 +133,7 @@ class Factors:
         """Positions that share the weight, ``T``."""
         return self.signals.shape[2]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Groups, outputs and inputs of the weight, ``(G, O, I)``."""
         return self.signals.shape[3], self.signals.shape[4], self.activations.shape[3]
@@ -153,13 +153,13 @@ class Factors:
         """Bytes that both factors take."""
         return self.activations.nbytes + self.signals.nbytes
 
-    @property
+    @cached_property
     def n_weights(self) -> int:
         """Kept weights, the bias not counted."""
         g, o, i = self.shape
         return g * o * i if self.pattern is None else int(self.pattern.nnz)
 
-    @property
+    @cached_property
     def n_parameters(self) -> int:
         """Columns of the block: kept weights, and the bias if there is one."""
         return self.n_weights + (self.shape[0] * self.shape[1] if self.bias else 0)
