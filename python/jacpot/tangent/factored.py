@@ -10,16 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jacpot._backend import empty
 from jacpot.linalg import LinearOperator
 from jacpot.ops import jacobian as kernels
 from jacpot.ops.jacobian import Block, Outputs, Precision, SketchKind
 from jacpot.ops.jacobian_gram import prepared
 from jacpot.tangent.assemble import Columns
 from jacpot.tangent.operators import JacobianOperator, OrderedOperator
-from jacpot.tangent.pieces import Piece, in_common, pieces, same_layout, stacked
+from jacpot.tangent.pieces import Piece, in_common, pieces, same_layout
 
-__all__ = ["Jacobian", "joined"]
+__all__ = ["Jacobian"]
 
 
 class Jacobian:
@@ -373,48 +372,3 @@ def _tensor(name: str, x: Any) -> Tensor:
         got = f"{type(x).__module__}.{type(x).__qualname__}"
         raise TypeError(f"argument {name!r} must be a torch.Tensor, got {got}")
     return x
-
-
-def joined(parts: Sequence[Jacobian]) -> Jacobian:
-    """Join the Jacobians of successive examples into one."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    outputs = torch.cat([part.outputs for part in parts])
-    if all(first._matches(part) and _as_long(first, part) for part in parts):
-        blocks = [_joined_block(same) for same in zip(*(p.blocks for p in parts), strict=True)]
-        return Jacobian(outputs, blocks, first._columns, first._orders, first.output_shape)
-    blocks, orders = stacked([part._pieces() for part in parts])
-    return Jacobian(outputs, blocks, first._columns, orders, first.output_shape)
-
-
-def _as_long(a: Jacobian, b: Jacobian) -> bool:
-    """Whether blocks that match have as many positions."""
-    return all(
-        isinstance(p, kernels.Rows) or isinstance(q, kernels.Rows) or p.n_positions == q.n_positions
-        for p, q in zip(a.blocks, b.blocks, strict=True)
-    )
-
-
-def _joined_block(parts: Sequence[Block]) -> Block:
-    first = parts[0]
-    if isinstance(first, kernels.Factors):
-        return kernels.Factors(
-            _stacked([p.activations for p in parts if isinstance(p, kernels.Factors)]),
-            _stacked([p.signals for p in parts if isinstance(p, kernels.Factors)]),
-            first.pattern,
-            first.bias,
-        )
-    if isinstance(first, kernels.Lookup):
-        return kernels.Lookup(
-            torch.cat([p.tokens for p in parts if isinstance(p, kernels.Lookup)]),
-            _stacked([p.signals for p in parts if isinstance(p, kernels.Lookup)]),
-            first.n_tokens,
-        )
-    return kernels.Rows(_stacked([p.rows for p in parts if isinstance(p, kernels.Rows)]))
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    first = parts[0]
-    out = empty((sum(len(part) for part in parts), *first.shape[1:]), like=first)
-    return torch.cat(list(parts), out=out)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Columns, assemble
 from jacpot.tangent.capture import capture
-from jacpot.tangent.factored import Jacobian, joined
+from jacpot.tangent.factored import Jacobian
+from jacpot.tangent.joined import joined
 from jacpot.tangent.network import Inputs, Network, Output, recording, take, tensors
 from jacpot.tangent.probe import probe
 
