@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from jacpot.tangent.backward import cannot_map, signals
+from jacpot.tangent.examplewise import Follower
+from jacpot.tangent.local import example_major
 from jacpot.tangent.network import (
     Inputs,
     Network,
@@ -31,7 +34,7 @@ from jacpot.tangent.network import (
     take,
     tensors,
 )
-from jacpot.tangent.probe import Probe, cannot_map, signals, stand_in
+from jacpot.tangent.probe import Probe, stand_in
 from jacpot.tangent.recorder import Call, Recorder
 from jacpot.tangent.rules import Rows, Term
 from jacpot.tangent.rules.terms import Fold, reduced
@@ -141,14 +144,8 @@ def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> I
     if probed.together or n == 1:
         yield _together(network, x, targets, probed, keep)
         return
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            captured = _mapped(network, x, targets, probed)
-    except RuntimeError as error:
-        if not cannot_map(error):
-            raise
-    else:
+    captured = None if probed.differentiates else _mapped_if_possible(network, x, targets, probed)
+    if captured is not None:
         yield captured
         return
     for i in range(n):
@@ -159,32 +156,59 @@ def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> I
 def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: int) -> Captured:
     """Capture all examples in one run of the network as it is."""
     n = n_examples(x)
-    leaves = {name: network.parameters[name].detach() for name in probed.uncovered}
-    covered = {name: p for name, p in network.parameters.items() if name not in leaves}
-    recorder = Recorder(network, covered)
-    for leaf in leaves.values():
-        leaf.requires_grad_()
+    leaves = {name: p.detach().requires_grad_() for name, p in network.parameters.items()}
+    recorder = Recorder(network, {} if probed.differentiates else leaves)
+    if probed.course is not None and n > 1:
+        recorder = Follower(network, leaves, [x, targets], probed.course)
     outputs = recorder.run(x, targets, leaves)
     edges = [call.edge for call in recorder.calls]
-    found = _signals(outputs, [*edges, *leaves.values()], probed)
+    # to the parameters themselves lead the uses that no rule covers, of a single example
+    found = _signals(outputs, [*edges, *(leaves.values() if n == 1 else ())], probed)
     seen = []
     for i, (call, signal) in enumerate(zip(recorder.calls, found, strict=False)):
-        axes = probed.axes[i] if i < len(probed.axes) else {}
-        axis = 0 if n == 1 else _example_axis(call, axes, n)
+        if isinstance(recorder, Follower):
+            axis, rounds = recorder.places[i]
+        else:
+            axis, rounds = 0 if n == 1 else _example_axis(call, probed.axes[i:], n), 1
         given, arrived = call.input, signal
-        if len(call.shape) == 1:  # one example that came without its axis
+        if n == len(call.shape) == 1:  # one example that came without its axis
             given, arrived = given[None], None if signal is None else signal[:, None]
-        elif axis:
-            given = given.movedim(axis, 0)
-            arrived = None if signal is None else signal.movedim(axis + 1, 1)
-        seen.append(Seen(call, {call.rule.input: given}, arrived))
-    rows = dict(zip(leaves, found[len(edges) :], strict=True))
+        elif axis or rounds > 1:
+            arrived = None if signal is None else _in_front(signal, axis + 1, rounds, n, 1)
+            given = given if call.rule.local else _in_front(given, axis, rounds, n, 0)
+        seen.append(Seen(call, {} if call.rule.local else {call.rule.input: given}, arrived))
+    rows = dict(zip(leaves, found[len(edges) :], strict=False))
     rows = {name: None if r is None else r[:, None] for name, r in rows.items()}
-    return _finish(outputs, seen, rows, Fold(n, keep))
+    captured = _finish(outputs, seen, rows, Fold(n, keep))
+    return _led_back(captured, recorder) if isinstance(recorder, Follower) else captured
 
 
-def _example_axis(call: Call, axes: Mapping[int, int], n: int) -> int:
-    for axis, per_example in axes.items():
+def _led_back(captured: Captured, follower: Follower) -> Captured:
+    """Give the rows of parameters for those of what was made of them."""
+    terms = dict(captured.terms)
+    for name, made in follower.made.items():
+        found = terms.pop(name, [])
+        if not found:
+            continue
+        rows = torch.stack([term.rows() for term in found]).sum(0)
+        leaves = follower.made_of(name)
+        led = signals(made, [*leaves.values()], rows.reshape(-1, *made.shape))
+        for leaf, values in zip(leaves, led, strict=True):
+            if values is not None:
+                own = Rows(values.reshape(*rows.shape[:2], *values.shape[1:]))
+                terms[leaf] = [*terms.get(leaf, []), own]
+    return Captured(captured.outputs, terms)
+
+
+def _in_front(x: Tensor, axis: int, rounds: int, n: int, first: int) -> Tensor:
+    """Bring the axis of examples forward, with each example's entries in a row."""
+    if rounds > 1:
+        x = example_major(x, (axis, rounds), n).flatten(axis, axis + 1)
+    return x.movedim(axis, first)
+
+
+def _example_axis(call: Call, probed: Sequence[Mapping[int, int]], n: int) -> int:
+    for axis, per_example in (probed[0] if probed else {}).items():
         if axis < len(call.shape) and call.shape[axis] == per_example * n:
             return axis
     raise RuntimeError(
@@ -193,13 +217,27 @@ def _example_axis(call: Call, axes: Mapping[int, int], n: int) -> int:
     )
 
 
+def _mapped_if_possible(
+    network: Network, x: Inputs, targets: Any, probed: Probe
+) -> Captured | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return _mapped(network, x, targets, probed)
+    except RuntimeError as error:
+        if not cannot_map(error):
+            raise
+    return None
+
+
 def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Captured:
     """Capture through `torch.func.vmap`: the network sees one example at a time."""
     n = n_examples(x)
     covered = {key: p for key, p in network.parameters.items() if key not in probed.uncovered}
-    dry = Recorder(network, covered)
-    with torch.no_grad():
-        dry.run(take(x, slice(1)), take(targets, slice(1)))
+    dry, leaves = Recorder(network, covered), {**network.parameters}
+    for name in probed.uncovered:
+        leaves[name] = leaves[name].detach().requires_grad_()
+    dry.run(take(x, slice(1)), take(targets, slice(1)), leaves)
     zero = torch.zeros((), dtype=network.dtype, device=network.device)
     taps = [zero.expand(n, *call.shape).requires_grad_() for call in dry.calls]
     copies = {
@@ -244,7 +282,9 @@ def _signals(outputs: Tensor, sources: Sequence[Any], probed: Probe) -> Sequence
     n, k = outputs.shape
     eye = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
     together = k > 1 and n * k * probed.bytes_per_example <= TOGETHER_BYTES
-    return signals(outputs, sources, eye[:, None].expand(k, n, k), together or outputs.is_cuda)
+    together = together or outputs.is_cuda
+    known = probed.course is not None
+    return signals(outputs, sources, eye[:, None].expand(k, n, k), together, known)
 
 
 @torch.no_grad()

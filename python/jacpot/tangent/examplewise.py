@@ -1,29 +1,58 @@
 """Proof that a network treats its examples one by one, from the functions that it calls.
 
-Of most functions that networks call it is known what they do to the leading axis. A run on stand-in
-examples follows which values hold one example in each entry of theirs. If the outputs do, and no
-other function was called, then so they do for any examples: none of the known functions tells the
-network of a value on which it could base another course. For that reason the products with weights,
-which are what takes time, need not be computed in this run.
+Of most functions that networks call it is known what they do to the examples (see `tracks`). A run
+on stand-in examples follows along which axis they are in every value. If they are so in the
+outputs, and no other function was called, then the network treats any examples one by one: none of
+the known functions tells the network of a value on which it could base another course. For that
+reason the products with weights, which are what takes time, need not be computed in this run.
+
+A course may still hang on the number of examples. So the run of the examples themselves is followed
+too: it has to take the same course, with the examples along the same axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from jacpot.tangent.network import Network, over_tensors, tensors
-from jacpot.tangent.recorder import Call, Recorder
+from jacpot.ops.linear_layer import linear
+from jacpot.tangent.local import local_rule, writes
+from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, tensors
+from jacpot.tangent.recorder import Recorder
 from jacpot.tangent.rules import LayerRule
+from jacpot.tangent.tracks import (
+    FILLS,
+    NEEDS_CARE,
+    TELL_SHAPE,
+    TRACKS,
+    WEIGHT_PRODUCTS,
+    Axis,
+    Examples,
+    Place,
+)
 
-__all__ = ["follow"]
+__all__ = ["Course", "Follower", "follow"]
 
 
-def follow(network: Network, x: Any, targets: Any) -> tuple[Tensor, list[Call]] | None:
+@dataclass(frozen=True)
+class Step:
+    """A call: the function, and where the examples are in what it took and gave."""
+
+    function: Any
+    taken: tuple[Axis, ...]
+    given: tuple[Axis, ...]
+
+
+Course = list[Step]
+
+
+def follow(network: Network, x: Any, targets: Any) -> tuple[Tensor, Follower] | None:
     """Run stand-in examples, to prove that the network treats examples one by one.
 
     Parameters
@@ -36,21 +65,28 @@ def follow(network: Network, x: Any, targets: Any) -> tuple[Tensor, list[Call]] 
     Returns
     -------
     tuple or None
-        Outputs of the shape that they have, ``(n, K)``, and the recorded calls, which cover all
-        uses of the parameters and have the examples in their leading axes. None without a proof.
+        Outputs of the shape that they have, ``(n, K)``, and what followed the run, whose calls
+        cover all uses of the parameters. None without a proof.
     """
     # Code that is not torch's may throw dice that torch does not see: then its steps change.
-    runs = [Follower(network, [x, targets]) for _ in range(1 if _is_of_torch(network) else 2)]
+    leaves = {name: p.detach().requires_grad_() for name, p in network.parameters.items()}
+    count = 1 if _is_of_torch(network) else 2
+    runs = [Follower(network, leaves, [x, targets]) for _ in range(count)]
     first = runs[0]
     try:
-        outputs = [follower.run(x, targets, follower.leaves) for follower in runs]
+        outputs = [follower.run(x, targets, leaves) for follower in runs]
     except Exception:  # unknown, or wrong: then running the network as it is will tell
         return None
-    if any(follower.lost or follower.steps != first.steps for follower in runs):
+    if any(follower.lost or follower.details != first.details for follower in runs):
         return None
-    if not all(map(first.is_apart, [outputs[0], *(call.input for call in first.calls)])):
+    if first.place(outputs[0]) != (0, 1) or len(outputs[0]) != first.n:
         return None
-    return outputs[0], first.calls
+    # Derivatives that somebody wrote may be anything, and no use of a parameter must be left.
+    ends = set(map(id, leaves.values()))
+    for node in _graph([outputs[0], *first.cut]):
+        if isinstance(node, BackwardCFunction) or id(getattr(node, "variable", None)) in ends:
+            return None
+    return outputs[0], first
 
 
 def _is_of_torch(network: Network) -> bool:
@@ -63,66 +99,230 @@ def _is_of_torch(network: Network) -> bool:
 
 
 class Follower(Recorder):
-    """Follows as well which values hold one example in each entry of their leading axis.
+    """Follows as well along which axis of every value the examples are.
+
+    Calls that have a rule are recorded as ever. So are those of other functions that take a
+    parameter, or what is made of parameters alone, together with examples: with a rule of their
+    own, see `local_rule`.
 
     Parameters
     ----------
-    network
-        The network that will be called.
+    network, leaves
+        The network, and the parameters that it will be called with, which require gradients.
     examples
         What it will be called with: tensors of examples, ``(n, ...)``.
+    course
+        The course that it must take. By default this is the run of stand-ins that finds it out.
 
     Attributes
     ----------
-    leaves
-        The parameters that it must be called with. Where a rule holds, the network's own take
-        their place; any other use of one is that of an unknown tensor.
-    steps
-        What was called, with the operands by their order of appearance.
+    made
+        What was made of parameters and met examples, by the names that calls have for it.
+    cut
+        Where the graph of the stand-ins' run was cut: what recorded calls and products took.
+    places
+        For each recorded call where the examples are in what it gave.
+    details
+        What was called, with the operands by their order of appearance and all other arguments.
     lost
         Whether a function was called, or a tensor used, of which nothing is known.
     """
 
-    def __init__(self, network: Network, examples: Any) -> None:
-        self.leaves = {name: value.detach() for name, value in network.parameters.items()}
-        super().__init__(network, self.leaves)
-        self.steps: list[Any] = []
+    def __init__(
+        self,
+        network: Network,
+        leaves: Mapping[str, Tensor],
+        examples: Any,
+        course: Course | None = None,
+    ) -> None:
+        super().__init__(network, leaves)
+        self.leaves = leaves
+        self.expected = course
+        self.course: Course = []
+        self.details: list[Any] = []
+        self.made: dict[str, Tensor] = {}
+        self.cut: list[Tensor] = []
+        self.places: list[Place] = []
         self.lost = False
-        self._seen: list[Tensor] = []  # kept, so that no other tensor gets an id of theirs
-        self._places: dict[int, int] = {}
-        self._apart: set[int] = set()
-        for constant in (*network.state.values(), *network.module.buffers()):
-            self._add(constant, False)
+        self.n = n_examples(tensors(examples))
+        self._known: Any = WeakTensorKeyDictionary()
+        self._numbers: Any = WeakTensorKeyDictionary()  # in the order of appearance
+        for constant in (*network.state.values(), *network.module.buffers(), *self.leaves.values()):
+            self._add(constant, None)
         for example in tensors(examples):
-            self._add(example, True)
+            self._add(example, (0, 1))
 
-    def is_apart(self, value: Tensor) -> bool:
-        """Whether this is known to hold one example in each entry of its leading axis."""
-        return id(value) in self._apart
+    def place(self, value: Any) -> Place | None:
+        """Where in a value the examples are."""
+        found: Place | None = self._known.get(value) if isinstance(value, Tensor) else None
+        return found
 
-    def _add(self, value: Tensor, is_apart: bool) -> None:
-        self._places.setdefault(id(value), len(self._seen))
-        self._seen.append(value)
-        if is_apart:
-            self._apart.add(id(value))
+    def run(
+        self, x: Inputs, targets: Any = None, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Evaluate the network as `Recorder.run` does, on the course that is expected.
+
+        Raises
+        ------
+        ValueError
+            If the network takes another.
+        """
+        try:
+            outputs = super().run(x, targets, parameters)
+        except NotImplementedError:
+            if self.expected is None or not self.lost:
+                raise
+        if self.expected is not None and (self.lost or self.course != self.expected):
+            raise ValueError(
+                "argument 'module' must treat examples one by one, but the functions that it calls "
+                f"for {self.n} examples are others than for a few, or treat them otherwise"
+            )
+        return outputs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _MADE_OF and not self._inside_module:
+            with self:
+                return _MADE_OF[func](*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def made_of(self, name: str) -> dict[str, Tensor]:
+        """The parameters, by name, of which something was made."""
+        ends = {id(getattr(node, "variable", None)) for node in _graph([self.made[name]])}
+        return {name: leaf for name, leaf in self.leaves.items() if id(leaf) in ends}
+
+    def uncovered(self) -> list[str]:
+        """Names of the parameters that functions without rule took."""
+        local = [call.parameters.values() for call in self.calls if call.rule.local]
+        return [name for name in self.leaves if any(name in names for names in local)]
+
+    def _add(self, value: Tensor, place: Place | None) -> None:
+        self._numbers.setdefault(value, len(self._numbers))
+        self._known[value] = place
+
+    def _named(self, value: Any) -> str | None:
+        name = super()._named(value)
+        if name is None and self._is_made(value):
+            name = next((known for known, made in self.made.items() if made is value), None)
+            if name is None:
+                name = f"what is made of parameters ({len(self.made)})"
+                self.made[name] = value
+        return name
+
+    def _fixed(self, name: str) -> Tensor:
+        if name not in self.made:
+            return super()._fixed(name)
+        value = self.made[name].detach()
+        self._add(value, None)
+        return value
+
+    def _is_made(self, value: Any) -> bool:
+        """Whether this is a parameter, or made of parameters alone."""
+        known = isinstance(value, Tensor) and value in self._known
+        return known and value.requires_grad and self._known[value] is None
+
+    def _applies(
+        self, rule: LayerRule, arguments: dict[str, Any], parameters: Mapping[str, str]
+    ) -> bool:
+        """The rule is of layers: what it sees are examples, and all else that it has rows for."""
+        others = [v for name, v in arguments.items() if name not in (rule.input, *parameters)]
+        return (
+            self.place(arguments[rule.input]) is not None
+            and not any(map(self._is_made, tensors(others)))
+            and super()._applies(rule, arguments, parameters)
+        )
 
     def _evaluate(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in TELL_SHAPE:
             return func(*args, **kwargs)
         arguments = [*args, *kwargs.values()]
         operands = tensors(arguments)
-        condition = CONDITIONS.get(func)
-        if condition is None or not all(id(operand) in self._places for operand in operands):
+        if func not in TRACKS or not all(operand in self._known for operand in operands):
             self._lose(func)
-        self.steps.append((func, over_tensors(arguments, lambda x: self._places[id(x)])))
-        result = _zeros(func, *args, **kwargs) if func in PRODUCTS else func(*args, **kwargs)
-        apart = [operand for operand in operands if id(operand) in self._apart]
-        if apart and not (
-            len(result) == len(apart[0]) and condition(result, apart, *args, **kwargs)
-        ):
-            self._lose(func)
-        self._add(result, bool(apart))
+        taken = [self.place(operand) for operand in operands]
+        rounds = {place[1] for place in taken if place is not None}
+        meets = len(rounds) > 0
+        numbered = over_tensors(arguments, lambda x: self._numbers[x])
+        made = [i for i, operand in enumerate(operands) if self._is_made(operand)]
+        held = operands
+        if meets and made:  # the graph is not to lead to parameters from here
+            held = [x.detach() if i in made else x for i, x in enumerate(operands)]
+            ahead = iter(held)
+            args, kwargs = over_tensors([list(args), dict(kwargs)], lambda _: next(ahead))
+            for i in made:
+                self._add(held[i], None)
+            if writes(func):
+                held[0] = held[0].clone()
+        if meets and func in WEIGHT_PRODUCTS and self.expected is None:
+            result = _zeros(func, *args, **kwargs)
+            self.cut.extend(filter(self.place, operands))
+        else:
+            result = FASTER.get(func, func)(*args, **kwargs)
+        given = tensors(result)
+        places: list[Place | None]
+        if meets or func in NEEDS_CARE:
+            examples = Examples(self.n, self.place)
+            found = TRACKS[func](examples, result, *args, **kwargs)
+            if isinstance(found, list):
+                places = found
+            elif found is not None and len(rounds) == 1:
+                places = [(found, rounds.pop())] * len(given)
+            else:
+                self._lose(func)
+            if len(places) != len(given) or None in places:
+                self._lose(func)
+        else:
+            places = [self._spread(func, value) for value in given]
+        self.course.append(Step(func, tuple(map(_axis, taken)), tuple(map(_axis, places))))
+        self.details.append((func, numbered))
+        for value, place in zip(given, places, strict=True):
+            self._add(value, place)
+        if made and any(places):
+            return self._record_use(func, args, kwargs, operands, held, made, taken, result)
         return result
+
+    def _record_use(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        operands: list[Tensor],
+        held: list[Tensor],
+        made: list[int],
+        taken: list[Place | None],
+        result: Any,
+    ) -> Tensor:
+        """Record a call in which what is made of parameters meets examples, or becomes theirs."""
+        # no place in the graph is known of several results, nor of what others see change
+        changed = writes(func) and (operands[0]._is_view() or not operands[0].requires_grad)
+        if not isinstance(result, Tensor) or changed:
+            self._lose(func)
+        place = self.place(result)
+        assert place is not None
+        names = {str(i): name for i in made if (name := self._named(operands[i])) is not None}
+        if not any(taken):
+            held, result = [value.detach() for value in held], result.detach()
+            self._add(result, place)
+        rule = local_rule(func, args, kwargs, made, taken, self.n, place)
+        return self._record(rule, {str(i): x for i, x in enumerate(held)}, names, result)
+
+    def _spread(self, func: Any, value: Tensor) -> Place | None:
+        """Find the axis along which there is one entry for each example, the same for all."""
+        if self.expected is not None:  # which of several axes counts examples, the stand-ins tell
+            step = (
+                self.expected[len(self.course)] if len(self.course) < len(self.expected) else None
+            )
+            axis = step.given[0] if step is not None and len(step.given) == 1 else None
+            along = [] if axis is None or axis >= value.ndim else [axis]
+        else:
+            along = list(range(value.ndim))
+        along = [
+            axis
+            for axis in along
+            if value.shape[axis] == self.n and (func in FILLS or value.stride(axis) == 0)
+        ]
+        return (along[0], 1) if len(along) == 1 else None
 
     def _record(
         self,
@@ -132,12 +332,33 @@ class Follower(Recorder):
         result: Tensor,
     ) -> Tensor:
         recorded = super()._record(rule, arguments, parameters, result)
-        self._add(recorded, self.is_apart(result))
+        place = self.place(result)
+        assert place is not None
+        self._add(recorded, place)
+        self.places.append(place)
+        if self.expected is None:
+            self.cut.extend(filter(self.place, tensors([*arguments.values()])))
         return recorded
 
     def _lose(self, func: Any) -> NoReturn:
         self.lost = True  # also where the network catches this
         raise NotImplementedError(f"it is not known what {func} does to examples")
+
+
+def _graph(values: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph that leads to tensors."""
+    seen: set[Any] = {None}
+    waiting: list[Any] = [get_gradient_edge(x).node for x in values if x.requires_grad]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(before for before, _ in node.next_functions)
+
+
+def _axis(place: Place | None) -> Axis:
+    return None if place is None else place[0]
 
 
 def _zeros(product: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,124 +367,12 @@ def _zeros(product: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any)
     return none.new_zeros((len(x), *none.shape[1:]))
 
 
-# Conditions tell from a function's result, those of its operands that hold examples, and all its
-# arguments whether the result holds the examples' own results. It has as many entries in its
-# leading axis as they have; the number of stand-ins is chosen so that nothing else of that size
-# gets along with the examples.
-Condition = Callable[..., bool]
+# What computes the same as a function of torch, sooner.
+FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.max_pool2d: max_pool2d}
 
-
-def _elementwise(result: Tensor, apart: Sequence[Tensor], *_: object, **__: object) -> bool:
-    return all(operand.ndim == result.ndim for operand in apart)
-
-
-def _in_order(*_: object, **__: object) -> bool:
-    """Elements stay in the order that they have in memory."""
-    return True
-
-
-def _sees(fewest: int, most: int = 99) -> Condition:
-    """The first argument alone holds examples, and has so many axes."""
-
-    def condition(_: Tensor, apart: Sequence[Tensor], x: Tensor, *__: Any, **___: Any) -> bool:
-        return len(apart) == 1 and apart[0] is x and fewest <= x.ndim <= most
-
-    return condition
-
-
-def _dropout(
-    _: Tensor, __: object, x: Tensor, p: float = 0.5, training: bool = True, *___: Any, **____: Any
-) -> bool:
-    return p == 0 or not training
-
-
-def _batch_norm(
-    _: Tensor, apart: Sequence[Tensor], x: Tensor, mean: Tensor | None, var: Tensor | None,
-    weight: object = None, bias: object = None, training: bool = False, *__: object, **___: object,
-) -> bool:  # fmt: skip
-    return len(apart) == 1 and mean is not None and not training
-
-
-def _layer_norm(
-    _: Tensor, apart: Sequence[Tensor], x: Tensor, shape: Sequence[int], *__: Any, **___: Any
-) -> bool:
-    return len(apart) == 1 and len(shape) < x.ndim
-
-
-def _embedding(
-    _: Tensor, apart: Sequence[Tensor], x: Tensor, weight: Tensor, padding_idx: int | None = None,
-    max_norm: float | None = None, *__: object, **___: object,
-) -> bool:  # fmt: skip
-    return len(apart) == 1 and apart[0] is x and max_norm is None
-
-
-def _pad(_: Tensor, __: object, x: Tensor, pad: Sequence[int], *___: Any, **____: Any) -> bool:
-    return len(pad) < 2 * x.ndim
-
-
-def _along(
-    _: Tensor, __: object, x: Tensor, dim: int | Sequence[int] | None = None, *___: Any,
-    **____: Any,
-) -> bool:  # fmt: skip
-    """Only axes other than the leading one meet."""
-    axes = [dim] if isinstance(dim, int) else dim or [0]
-    return all(axis % x.ndim for axis in axes)
-
-
-def _loss(*_: object, reduction: str = "mean", **__: object) -> bool:
-    return reduction == "none"
-
-
-def _every_example(_: Tensor, __: object, x: Tensor, index: object) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return parts[0] == slice(None) and not any(isinstance(p, Tensor | list) for p in parts[1:])
-
-
-def _of(owners: Sequence[Any], names: str) -> list[Any]:
-    """Functions by their names, of all who have them."""
-    return [getattr(o, name) for o in owners for name in names.split() if hasattr(o, name)]
-
-
-TELL_SHAPE: frozenset[Any] = frozenset(
-    [
-        *_of([Tensor], "dim size numel __len__ is_floating_point"),
-        *(getter.__get__ for getter in _of([Tensor], "shape ndim dtype device requires_grad")),
-        *(getter.__get__ for getter in _of([Tensor], "_version is_nested")),
-    ]
-)
-
-# Functions of x, a weight and a bias whose result is not computed.
-PRODUCTS: frozenset[Any] = frozenset(
-    _of([F], "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
-)
-
-_TABLE: list[tuple[Condition, list[Any]]] = [
-    (
-        _elementwise,
-        _of(
-            [F, torch, Tensor],
-            "relu relu_ relu6 leaky_relu elu selu celu gelu silu mish softplus softsign "
-            "hardtanh hardsigmoid hardswish logsigmoid tanh tanh_ sigmoid sigmoid_ exp log "
-            "sin cos abs neg square sqrt clamp add add_ sub sub_ mul mul_ div div_ pow "
-            "__rsub__ __pow__ clone detach contiguous requires_grad_",
-        ),
-    ),
-    (_in_order, _of([torch, Tensor], "flatten unflatten reshape view squeeze unsqueeze")),
-    (_every_example, [Tensor.__getitem__]),
-    (_sees(2), [F.linear]),
-    (_sees(3, 3), _of([F], "conv1d conv_transpose1d max_pool1d avg_pool1d")),
-    (_sees(3, 3), _of([F], "adaptive_max_pool1d adaptive_avg_pool1d")),
-    (_sees(4, 4), _of([F], "conv2d conv_transpose2d max_pool2d avg_pool2d")),
-    (_sees(4, 4), _of([F], "adaptive_max_pool2d adaptive_avg_pool2d")),
-    (_sees(5, 5), _of([F], "conv3d conv_transpose3d max_pool3d avg_pool3d")),
-    (_sees(5, 5), _of([F], "adaptive_max_pool3d adaptive_avg_pool3d")),
-    (_sees(3), [F.group_norm, F.instance_norm]),
-    (_batch_norm, [F.batch_norm]),
-    (_layer_norm, _of([F], "layer_norm rms_norm")),
-    (_embedding, [F.embedding]),
-    (_dropout, _of([F], "dropout dropout1d dropout2d dropout3d")),
-    (_pad, [F.pad]),
-    (_along, _of([F, torch, Tensor], "softmax log_softmax mean sum amax")),
-    (_loss, _of([F], "cross_entropy nll_loss mse_loss")),
-]
-CONDITIONS = {function: condition for condition, functions in _TABLE for function in functions}
+# Functions as what they do to examples.
+_MADE_OF: dict[Any, Callable[..., Any]] = {
+    Tensor.__iter__: lambda x: iter(x.unbind(0)),
+    Tensor.expand_as: lambda x, other: x.expand(other.shape),
+    Tensor.view_as: lambda x, other: x.reshape(other.shape),
+}

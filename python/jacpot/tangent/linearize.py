@@ -28,7 +28,7 @@ from jacpot.tangent.network import (
     part_of,
     plain_attention,
     refuse_batch_dependence,
-    refuse_replicas,
+    refuse_wrappers,
 )
 from jacpot.tangent.problem import Problem, pose
 from jacpot.tangent.progress import Callback, observing
@@ -69,7 +69,7 @@ class LinearizedModule(nn.Module):
             raise TypeError(
                 f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}"
             )
-        refuse_replicas(module)
+        refuse_wrappers(module)
         refuse_batch_dependence(module)
         self.output = output
         with torch.inference_mode(False):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from jacpot.nn.worn import merged_mask, plain_parameters
 
@@ -25,7 +28,7 @@ __all__ = [
     "plain_attention",
     "recording",
     "refuse_batch_dependence",
-    "refuse_replicas",
+    "refuse_wrappers",
     "take",
     "tensors",
 ]
@@ -158,9 +161,12 @@ class Network:
             raise TypeError(
                 f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}"
             )
-        refuse_replicas(module)
+        refuse_wrappers(module)
         refuse_batch_dependence(module)
         self.module, self.output = module, output
+        self._eagerly: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if any(is_compiled(layer) for layer in module.modules()):
+            self._eagerly = partial(torch.compiler.set_stance, "force_eager")
         self.output_shape = torch.Size()
         self.mask = merged_mask(module, mask)
         self.parameters: dict[str, Tensor] = {}
@@ -199,7 +205,8 @@ class Network:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         values = {**self.state, **(parameters or {})}
         state = {**buffers, **{self._own_names[name]: value for name, value in values.items()}}
-        result = torch.func.functional_call(self.module, state, *arguments(x))
+        with self._eagerly():  # what is compiled shows none of the functions that it calls
+            result = torch.func.functional_call(self.module, state, *arguments(x))
         result = part_of(result, self.output, targets)
         if not result.is_floating_point():
             raise TypeError(f"the module's output must be floating point, got {result.dtype}")
@@ -237,14 +244,21 @@ def recording() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(plain_attention())
+        stack.enter_context(
+            disable_saved_tensors_hooks(
+                "argument 'module' must keep what its derivatives need, but something in it, such "
+                "as torch.utils.checkpoint, uses saved_tensors_hooks: switch that off, factors "
+                "need no second pass through the network"
+            )
+        )
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
-def refuse_replicas(module: nn.Module) -> None:
-    """Refuse `nn.DataParallel` and its like, which run copies of the module they hold.
+def refuse_wrappers(module: nn.Module) -> None:
+    """Refuse what runs copies of the module it holds, or something made of its code.
 
     Raises
     ------
@@ -252,12 +266,27 @@ def refuse_replicas(module: nn.Module) -> None:
         With the cure.
     """
     for name, layer in module.named_modules():
+        kind, where = type(layer).__name__, f" (at {name!r})" if name else ""
         if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            kind, where = type(layer).__name__, f" (at {name!r})" if name else ""
             raise ValueError(
                 f"argument 'module' must be no {kind}{where}, which runs copies of the network: "
                 "give the network itself, its .module"
             )
+        if layer is module and isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(
+                f"argument 'module' must be no {kind}, whose parameters cannot be replaced: "
+                "give the module that it was made from"
+            )
+        if any(map(is_lazy, layer.parameters(recurse=False))):
+            raise ValueError(
+                f"argument 'module' must have all its parameters, but those of {kind}{where} get "
+                "their shape when it is first called: call the module once"
+            )
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Whether calls of this go through `torch.compile`."""
+    return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
 def refuse_batch_dependence(module: nn.Module) -> None:

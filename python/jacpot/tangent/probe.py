@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from jacpot._backend import empty
-from jacpot.tangent.examplewise import follow
+from jacpot.tangent.backward import signals
+from jacpot.tangent.examplewise import Course, follow
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, take, tensors
-from jacpot.tangent.recorder import Call, Recorder
+from jacpot.tangent.recorder import Call, OwnDerivatives, Recorder
 
-__all__ = ["Probe", "cannot_map", "probe", "signals", "stand_in"]
+__all__ = ["Probe", "probe", "stand_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +28,22 @@ class Probe:
     n_outputs
         Outputs per example, K.
     axes
-        For each recorded call the axes that may count the examples, and their size for one.
+        For each recorded call the axes that may count the examples, and their size for one; none
+        where there is a course.
     uncovered
         Parameters with a use that no rule covers.
     bytes_per_example
-        Of the results of all recorded calls.
+        Of the results of all recorded calls, and of what is made of parameters.
     reduces
         Whether a call's result has more elements than its parameters, so that rows take less room
         than factors.
     writes_input
         Whether the network writes to the very tensors that it is given.
+    course
+        The steps that the network takes, where they are proof that it treats examples one by one;
+        then the rows of uncovered parameters are those of their uses alone.
+    differentiates
+        Whether the network takes derivatives itself, so that rules say nothing of its weights.
     """
 
     n_outputs: int
@@ -46,79 +52,14 @@ class Probe:
     bytes_per_example: int
     reduces: bool
     writes_input: bool
+    course: Course | None = None
+    differentiates: bool = False
 
     @property
     def together(self) -> bool:
-        """Whether rules cover all, and every call has an axis that counts examples."""
-        return not self.uncovered and all(self.axes)
-
-
-def signals(
-    outputs: Tensor, sources: Sequence[Any], cotangents: Tensor, together: bool = True
-) -> Sequence[Tensor | None]:
-    """Pass ``(B, N, K)`` cotangents back to tensors or edges of the graph.
-
-    Gives ``(B, *source)`` for each, None where nothing leads. All cotangents go back ``together``
-    or, which needs less memory on the way, one after the other.
-    """
-    led = [source for source in sources if source is not None]
-    if not led or not outputs.requires_grad:
-        return [None] * len(sources)
-    if len(led) < len(sources):  # what the network evaluates under torch.no_grad has no place
-        found = iter(signals(outputs, led, cotangents, together))
-        return [None if source is None else next(found) for source in sources]
-    if not together:
-        return _one_by_one(outputs, sources, cotangents)
-    try:
-        with warnings.catch_warnings():
-            # what torch warns of here, derivatives taken one after the other, is exact as well
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            return _mapped(outputs, sources, cotangents)
-    except RuntimeError as error:
-        if not cannot_map(error):
-            raise
-    return _one_by_one(outputs, sources, cotangents)
-
-
-def _mapped(outputs: Tensor, sources: Sequence[Any], cotangents: Tensor) -> Sequence[Tensor | None]:
-    # not by ``is_grads_batched``, an older vmap that does not know how to batch our operators
-    led: list[bool] = []
-
-    def back(one: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
-        led[:] = [gradient is not None for gradient in found]
-        return [gradient for gradient in found if gradient is not None]
-
-    found = iter(torch.func.vmap(back)(cotangents))
-    return [next(found) if leads else None for leads in led]
-
-
-def _one_by_one(
-    outputs: Tensor, sources: Sequence[Any], cotangents: Tensor
-) -> Sequence[Tensor | None]:
-    """Give ``(B, *source)`` for each source, in memory that has ``source[0]`` before B."""
-    b = len(cotangents)
-    found: list[Tensor | None] = [None] * len(sources)
-    for i, one in enumerate(cotangents):
-        gradients = torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
-        for j, gradient in enumerate(gradients):
-            room = found[j]
-            if room is None and gradient is not None:
-                if b == 1:
-                    found[j] = gradient.unsqueeze(0)
-                    continue
-                ahead = gradient.shape[:1]
-                room = empty((*ahead, b, *gradient.shape[1:]), gradient).movedim(len(ahead), 0)
-                found[j] = room
-                room[:i] = 0
-            if room is not None:
-                room[i] = 0 if gradient is None else gradient
-    return found
-
-
-def cannot_map(error: RuntimeError) -> bool:
-    """Whether this is torch saying that `vmap` does not know an operation."""
-    return "vmap" in str(error).lower() or "batching rule" in str(error).lower()
+        """Whether all uses of parameters are calls that have an axis that counts examples."""
+        known = self.course is not None or not self.uncovered
+        return known and all(self.axes) and not self.differentiates
 
 
 def stand_in(x: Any, count: int) -> Any:
@@ -152,16 +93,22 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
 
 
 def _proven(network: Network, x: Inputs, targets: Any) -> Probe | None:
-    size = 3 if n_examples(x) == 2 else 2  # not n, so that what fits all examples does not fit
+    # Not n, so that what fits all examples does not fit; and few tensors have seven layers,
+    # which could be taken for examples.
+    size = 11 if n_examples(x) == 7 else 7
     own, own_targets = stand_in(x, size), stand_in(targets, size)
     versions = _versions(own)
     found = follow(network, own, own_targets)
     if found is None or found[0].numel() == 0:
         return None
-    outputs, calls = found
-    axes = [{0: 1} for _ in calls]
+    outputs, follower = found
     written = versions != _versions(own)
-    return _gathered(network, calls, size, outputs.shape[1], axes, [], written)
+    gathered = _gathered(
+        network, follower.calls, size, outputs.shape[1], [], follower.uncovered(), written
+    )
+    made = sum(value.numel() for value in follower.made.values()) * network.dtype.itemsize
+    total = gathered.bytes_per_example + made
+    return dataclasses.replace(gathered, course=follower.course, bytes_per_example=total)
 
 
 def _tried(network: Network, x: Inputs, targets: Any) -> Probe:
@@ -178,14 +125,21 @@ def _tried(network: Network, x: Inputs, targets: Any) -> Probe:
     recorder = Recorder(network, leaves)
     own, own_targets = batch(list(range(size)))
     versions = _versions(own)
-    outputs = recorder.run(own, own_targets, leaves)
+    differentiates = False
+    try:
+        outputs = recorder.run(own, own_targets, leaves)
+    except OwnDerivatives:
+        differentiates = True
+        outputs = network(own, own_targets)
     k = outputs.shape[1]
     if k == 0:
         raise ValueError("the module's output must have at least one element per example, got none")
-    with torch.no_grad():  # the first and the last again, among others
-        again = network(*batch([0] * (size - 1) + [size - 1]))
-    for row in (0, size - 1):
-        _check_alone(outputs[row], again[row])
+    for row in (0, size - 1):  # the first and the last again, with none of the others
+        again = network(*batch([row] * size))
+        _check_alone(outputs[row].detach(), again[row].detach())
+    written = versions != _versions(own)
+    if differentiates:
+        return Probe(k, [], [], 0, False, written, differentiates=True)
     # Outputs of the first two examples, weighted so that no symmetry of a network (a softmax's
     # sum) hides a use.
     weights = torch.cos(torch.arange(1.0, k + 1, dtype=outputs.dtype, device=outputs.device))
@@ -202,7 +156,17 @@ def _tried(network: Network, x: Inputs, targets: Any) -> Probe:
         for name, gradient in zip(leaves, found[len(edges) :], strict=True)
         if gradient is not None
     ]
-    return _gathered(network, recorder.calls, size, k, axes, uncovered, versions != _versions(own))
+    shared = True
+    while shared:  # rules hold for all parameters of a call, or for none
+        names = {
+            name
+            for c in recorder.calls
+            for name in c.parameters.values()
+            if set(c.parameters.values()) & set(uncovered)
+        }
+        shared = not names.issubset(uncovered)
+        uncovered = [name for name in leaves if name in names.union(uncovered)]
+    return _gathered(network, recorder.calls, size, k, axes, uncovered, written)
 
 
 def _versions(x: Inputs) -> list[int]:
@@ -219,6 +183,7 @@ def _gathered(
     reduces = any(
         call.shape.numel() > size * sum(parameters[p].numel() for p in call.parameters.values())
         for call in calls
+        if not call.rule.local and all(p in parameters for p in call.parameters.values())
     )
     return Probe(k, axes, uncovered, total, reduces, written)
 

@@ -12,17 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from jacpot.nn.worn import Masked
-from jacpot.ops.linear_layer import linear
-from jacpot.tangent.network import Inputs, Network
-from jacpot.tangent.pooling import max_pool2d
+from jacpot.tangent.network import Inputs, Network, tensors
 from jacpot.tangent.rules import RULES, LayerRule
 from jacpot.tangent.rules.recurrent import unrolled
 
-__all__ = ["Call", "Recorder"]
+__all__ = ["Call", "OwnDerivatives", "Recorder"]
+
+
+class OwnDerivatives(RuntimeError):
+    """The network takes derivatives itself: then its weights have uses that no call shows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class Call:
     shape
         The result's shape.
     version
-        How often what the layer saw had been written to.
+        How often what the call took had been written to.
     """
 
     rule: LayerRule
@@ -127,7 +130,7 @@ class Recorder(TorchFunctionMode):
             for module in (*overridden, *masks):
                 del module.forward
         for call in self.calls:
-            if self.taps is None and call.input._version != call.version:
+            if self.taps is None and _version(call.arguments) != call.version:
                 raise RuntimeError(
                     f"the input of layer {call.layer!r} was written to after the layer had read "
                     "it; make that operation out of place (inplace=False, x = x + y instead of "
@@ -139,6 +142,9 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        derives = func in DERIVATIVES or (self.taps is None and _is_transformed())
+        if derives and self.names:
+            raise OwnDerivatives
         if self._inside_module:
             return self._evaluate(func, args, kwargs)
         parts = _transparent(func) if func in COMPOSITES else unrolled(func, args)
@@ -152,15 +158,15 @@ class Recorder(TorchFunctionMode):
         if arguments is None:
             return self._evaluate(func, args, kwargs)
         parameters = {
-            argument: self.names[id(arguments[argument])]
+            argument: name
             for argument in rule.parameters
-            if id(arguments.get(argument)) in self.names
+            if (name := self._named(arguments.get(argument))) is not None
         }
         if not self._applies(rule, arguments, parameters):
             return self._evaluate(func, args, kwargs)
         # The graph does not lead to parameters where a rule holds: an edge to one is then a use
         # of it that no rule covers, and no gradient of a weight is ever computed.
-        ruled = {id(arguments[a]): self.network.parameters[name] for a, name in parameters.items()}
+        ruled = {id(arguments[a]): self._fixed(name) for a, name in parameters.items()}
         result = self._evaluate(
             func,
             [ruled.get(id(value), value) for value in args],
@@ -168,8 +174,16 @@ class Recorder(TorchFunctionMode):
         )
         return self._record(rule, arguments, parameters, result)
 
+    def _named(self, value: Any) -> str | None:
+        """The name of a parameter; None for what is none."""
+        return self.names.get(id(value))
+
+    def _fixed(self, name: str) -> Tensor:
+        """A parameter's value, from which the graph leads nowhere."""
+        return self.network.parameters[name]
+
     def _evaluate(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return FASTER.get(func, func)(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _forward(self, rule: LayerRule, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call a module that has a rule of its own."""
@@ -202,6 +216,9 @@ class Recorder(TorchFunctionMode):
         seen = arguments[rule.input]
         if not parameters or id(seen) in self.names:
             return False
+        others = [arguments.get(name) for name in rule.parameters if name not in parameters]
+        if any(map(_changes, others)):  # a weight that is made of parameters
+            return False
         if rule.when is not None and not rule.when(**arguments):
             return False
         if not rule.integer_input and seen.dtype != self.network.dtype:
@@ -223,7 +240,7 @@ class Recorder(TorchFunctionMode):
         if self.taps is not None:
             result = result + self.taps[len(self.calls)]
         else:
-            version = arguments[rule.input]._version
+            version = _version(arguments)
             if not result.requires_grad:  # no leaf may come out: the network may write to it
                 result = result.requires_grad_().clone()
         edge = get_gradient_edge(result) if result.requires_grad else None
@@ -235,11 +252,27 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-# What computes the same as a function of torch, sooner.
-FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.max_pool2d: max_pool2d}
+def _version(arguments: Mapping[str, Any]) -> int:
+    return sum(tensor._version for tensor in tensors([*arguments.values()]))
+
+
+def _changes(value: Any) -> bool:
+    """Whether derivatives are taken by this, or it is one of many that are mapped over."""
+    return isinstance(value, Tensor) and (value.requires_grad or is_batchedtensor(value))
+
 
 # Functions of torch that are made of others, some of which have a rule.
 COMPOSITES: frozenset[Any] = frozenset([F.multi_head_attention_forward])
+
+
+DERIVATIVES: frozenset[Any] = frozenset(
+    [torch.autograd.grad, torch.autograd.backward, Tensor.backward]
+)
+
+
+def _is_transformed() -> bool:
+    """Whether this runs inside a transform of `torch.func`."""
+    return peek_interpreter_stack() is not None
 
 
 @cache

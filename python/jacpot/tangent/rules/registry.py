@@ -28,6 +28,8 @@ class LayerRule:
         Names of its arguments for the signals and for what the layer sees.
     parameters
         Names of its arguments that may be parameters of a network; of a module rule none are.
+    local
+        Whether it is made for a single call, whose arguments it takes as they were.
 
     Examples
     --------
@@ -45,6 +47,7 @@ class LayerRule:
     parameters: tuple[str, ...]
     when: Callable[..., bool] | None
     integer_input: bool
+    local: bool = False
 
     def bound(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """Give a call's arguments by the rule's names; None for one with others."""
