@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
@@ -24,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from jacpot.ops.linear_layer import linear
 from jacpot.tangent.local import local_rule, writes
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, tensors
+from jacpot.tangent.pooling import max_pool2d
 from jacpot.tangent.recorder import Recorder
 from jacpot.tangent.rules import LayerRule
 from jacpot.tangent.tracks import (
