@@ -157,8 +157,9 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
     """Capture all examples in one run of the network as it is."""
     n = n_examples(x)
     leaves = {name: p.detach().requires_grad_() for name, p in network.parameters.items()}
-    recorder = Recorder(network, {} if probed.differentiates else leaves)
-    if probed.course is not None and n > 1:
+    named = {} if probed.differentiates else leaves
+    recorder = Recorder(network, named, faster=probed.course is not None)
+    if probed.course is not None and n > 1 and not probed.is_plain:
         recorder = Follower(network, leaves, [x, targets], probed.course)
     outputs = recorder.run(x, targets, leaves)
     edges = [call.edge for call in recorder.calls]
@@ -166,10 +167,11 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
     found = _signals(outputs, [*edges, *(leaves.values() if n == 1 else ())], probed)
     seen = []
     for i, (call, signal) in enumerate(zip(recorder.calls, found, strict=False)):
+        axis, rounds = 0, 1
         if isinstance(recorder, Follower):
             axis, rounds = recorder.places[i]
-        else:
-            axis, rounds = 0 if n == 1 else _example_axis(call, probed.axes[i:], n), 1
+        elif n > 1 and not probed.is_plain:
+            axis = _example_axis(call, probed.axes[i:], n)
         given, arrived = call.input, signal
         if n == len(call.shape) == 1:  # one example that came without its axis
             given, arrived = given[None], None if signal is None else signal[:, None]

@@ -16,16 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from jacpot.ops.linear_layer import linear
 from jacpot.tangent.local import local_rule, writes
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, tensors
-from jacpot.tangent.pooling import max_pool2d
 from jacpot.tangent.recorder import Recorder
 from jacpot.tangent.rules import LayerRule
 from jacpot.tangent.tracks import (
@@ -137,7 +134,7 @@ class Follower(Recorder):
         examples: Any,
         course: Course | None = None,
     ) -> None:
-        super().__init__(network, leaves)
+        super().__init__(network, leaves, faster=True)
         self.leaves = leaves
         self.expected = course
         self.course: Course = []
@@ -188,6 +185,15 @@ class Follower(Recorder):
             with self:
                 return _MADE_OF[func](*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a run of other examples need not be followed.
+
+        Each of torch's own layers takes them in its first axis, however many they are.
+        """
+        first = all(place == (0, 1) for place in self.places)
+        return first and not self.made and not self.uncovered() and _is_of_torch(self.network)
 
     def made_of(self, name: str) -> dict[str, Tensor]:
         """The parameters, by name, of which something was made."""
@@ -260,7 +266,7 @@ class Follower(Recorder):
             result = _zeros(func, *args, **kwargs)
             self.cut.extend(filter(self.place, operands))
         else:
-            result = FASTER.get(func, func)(*args, **kwargs)
+            result = super()._evaluate(func, args, kwargs)
         given = tensors(result)
         places: list[Place | None]
         if meets or func in NEEDS_CARE:
@@ -368,9 +374,6 @@ def _zeros(product: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any)
     none = product(x[:0], *args, **kwargs)
     return none.new_zeros((len(x), *none.shape[1:]))
 
-
-# What computes the same as a function of torch, sooner.
-FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.max_pool2d: max_pool2d}
 
 # Functions as what they do to examples.
 _MADE_OF: dict[Any, Callable[..., Any]] = {

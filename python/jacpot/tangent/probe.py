@@ -42,6 +42,8 @@ class Probe:
     course
         The steps that the network takes, where they are proof that it treats examples one by one;
         then the rows of uncovered parameters are those of their uses alone.
+    is_plain
+        Whether other examples need not be followed on that course.
     differentiates
         Whether the network takes derivatives itself, so that rules say nothing of its weights.
     """
@@ -53,6 +55,7 @@ class Probe:
     reduces: bool
     writes_input: bool
     course: Course | None = None
+    is_plain: bool = False
     differentiates: bool = False
 
     @property
@@ -108,7 +111,9 @@ def _proven(network: Network, x: Inputs, targets: Any) -> Probe | None:
     )
     made = sum(value.numel() for value in follower.made.values()) * network.dtype.itemsize
     total = gathered.bytes_per_example + made
-    return dataclasses.replace(gathered, course=follower.course, bytes_per_example=total)
+    return dataclasses.replace(
+        gathered, course=follower.course, is_plain=follower.is_plain, bytes_per_example=total
+    )
 
 
 def _tried(network: Network, x: Inputs, targets: Any) -> Probe:
