@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jacpot.linalg import Interrupted, Solution, Status, solve
 from jacpot.linalg.arguments import check_limits
+from jacpot.linalg.preconditioners import Identity
 from jacpot.linalg.solve import NAMED as GENERAL
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 from jacpot.tangent.preconditioners import Auto, Kronecker, TraceKernel
@@ -70,7 +71,7 @@ def fit_squared(
     """
     check_limits(tol, max_iter)
     preconditioner = named(preconditioner)
-    automatic = preconditioner is None or isinstance(preconditioner, Auto)
+    automatic = preconditioner is None or isinstance(preconditioner, Auto | Identity)
     r = residual.double().reshape(-1)
     method = _choose(method, jacobian, ridge)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "callback": callback}
