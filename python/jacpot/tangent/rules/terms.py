@@ -131,6 +131,14 @@ class LookedUp:
         ``(M, K, T, D)``.
     n_tokens
         Entries of the table, V.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jacpot.tangent.rules import LookedUp
+    >>> share = LookedUp(torch.tensor([[2, 0, 2]]), torch.ones(1, 1, 3, 1), n_tokens=3)
+    >>> share.rows()  # one instance, one output, a table of shape (3, 1)
+    tensor([[[1., 0., 2.]]])
     """
 
     tokens: Tensor
