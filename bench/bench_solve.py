@@ -1,8 +1,8 @@
-"""Dense systems: conjugate gradients, LSMR, Cholesky and a path of ridges against their peers.
+"""Dense systems: CG, MINRES, LSMR, Cholesky and a path of ridges against their peers.
 
     python bench/bench_solve.py [--quick] [--json FILE]
 
-Peers: SciPy (cg, lsmr, cho_factor; on a GPU torch's Cholesky), and linear_operator's linear_cg
+Peers: SciPy (cg, minres, lsmr, cho_factor; on a GPU torch's Cholesky), and linear_operator's linear_cg
 where it is installed.
 """
 
@@ -70,6 +70,32 @@ def conjugate_gradients(report: Report, size: int) -> None:
     )
 
 
+def indefinite(report: Report, size: int) -> None:
+    """Time the same number of MINRES's iterations, on eigenvalues of both signs."""
+    if on_gpu():
+        return  # there is no such method
+    iterations = 100
+    values = torch.logspace(0, -1, size, dtype=torch.float64)
+    values[::2] *= -1
+    basis = torch.linalg.qr(random(torch.randn, 0, size, size))[0]
+    a = basis * values @ basis.T
+    a = (a + a.T) / 2
+    b = random(torch.randn, 1, size)
+    options = {"method": "minres", "tol": 1e-14, "max_iter": iterations}
+    array, right = a.numpy(), b.numpy()
+    report.compare(
+        f"MINRES, {size} x {size}, {iterations} iterations",
+        {
+            "jacpot": lambda: jacpot.solve(a, b, **options).x,
+            "scipy minres": lambda: scipy.sparse.linalg.minres(
+                array, right, rtol=1e-14, maxiter=iterations
+            )[0],
+        },
+        tolerance=1e-6,
+        settle=0.1,
+    )
+
+
 def least_squares(report: Report, size: int) -> None:
     """Time the same number of LSMR's iterations on a least-squares problem of condition 10."""
     iterations = 100
@@ -132,6 +158,7 @@ def main() -> None:
     set_up(arguments)
     report = Report("Dense systems")
     conjugate_gradients(report, 300 if arguments.quick else 1000)
+    indefinite(report, 300 if arguments.quick else 1000)
     least_squares(report, 200 if arguments.quick else 1000)
     direct(report, 500 if arguments.quick else 4000)
     report.show()
