@@ -2,8 +2,8 @@
 
     python bench/bench_solve.py [--quick] [--json FILE]
 
-Peers: SciPy (cg, minres, lsmr, cho_factor; on a GPU torch's Cholesky), and linear_operator's linear_cg
-where it is installed.
+Peers: SciPy (cg, minres, lsmr, cho_factor; on a GPU torch's Cholesky), and linear_operator's
+linear_cg where it is installed.
 """
 
 from __future__ import annotations

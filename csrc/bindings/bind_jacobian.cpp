@@ -6,9 +6,9 @@
 
 #include "bindings/bind.hpp"
 #include "bindings/jacobian_factors.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "jacobian/gram.hpp"
-#include "jacobian/huge_pages.hpp"
 #include "jacobian/products.hpp"
 #include "jacobian/signs.hpp"
 #include "jacobian/windows.hpp"

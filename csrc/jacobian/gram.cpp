@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "common/blas.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
-#include "jacobian/huge_pages.hpp"
 
 namespace jacpot {
 namespace {

@@ -4,9 +4,9 @@
 #include <atomic>
 
 #include "common/blas.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
-#include "jacobian/huge_pages.hpp"
 
 namespace jacpot {
 namespace {

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
-#include "jacobian/huge_pages.hpp"
 
 namespace jacpot {
 namespace {

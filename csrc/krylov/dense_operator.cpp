@@ -151,7 +151,7 @@ class Dense final : public Operator {
       packed->offsets.push_back(elements);
       elements += kernel.band_size(row, size);
     }
-    packed->data = allocate_scratch<T>(elements);
+    packed->data = allocate_resident<T>(elements);
     packed->vectors = allocate_scratch<T>((tasks() + 1) * size);
     if (!packed->data || !packed->vectors) return no_memory;
     parallel_for(threads_, tasks(), [&](std::int64_t task) {

@@ -10,9 +10,11 @@
 
 namespace jacpot {
 
+inline constexpr std::size_t huge_page = 2 << 20;
+
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t page = 2 << 20;
+  constexpr std::uintptr_t page = huge_page;
   const auto begin = reinterpret_cast<std::uintptr_t>(data);
   const std::uintptr_t first = (begin + page - 1) / page * page,
                        last = (begin + bytes) / page * page;
