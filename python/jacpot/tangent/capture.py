@@ -6,10 +6,11 @@ While the network runs, its calls of functions that have a layer rule (``F.linea
 these calls gave (the signals) then come from one batched vector-Jacobian product, which never forms
 a gradient of a weight.
 
-Where that does not do, because a parameter has a use that no rule covers (a class token, a PReLU)
-or a layer sees no axis of examples (position embeddings), the network is mapped over examples by
-``torch.func.vmap``, and each example has its own copies of the parameters that no rule covers. A
-network that cannot be mapped is run on one example at a time.
+A parameter's use that no rule covers (a class token, a PReLU, position embeddings, a weight that is
+made of other parameters) is a call like any other, differentiated by itself, where the functions
+that the network calls are proof that it treats examples one by one. Where they are not, the network
+is mapped over examples by ``torch.func.vmap``, and each example has its own copies of the
+parameters that no rule covers. A network that cannot be mapped is run on one example at a time.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ def jacobian(
     Threads take turns in here, so several may ask for Jacobians of one module. None must call the
     module itself, or train it, meanwhile: other tensors are in its parameters' place.
 
-    Whether an example's output depends on the others is told by running it among them; a module
-    with such a coupling that is given a single example, or equal ones, gives no sign of it.
+    Whether an example's output depends on the others is told by the functions that the module
+    calls. Where one is unknown, it is told by running an example among others; a module with such a
+    coupling that is given a single example, or equal ones, then gives no sign of it.
 
     The factors of a layer, its inputs and the derivatives of the outputs by its results, are those
     of Goodfellow 2015, "Efficient per-example gradient computations".
