@@ -27,7 +27,7 @@ def scores(draw, levels=4):
 def test_the_count_is_exact(scores, density, scope):
     mask = tickets.prune(scores, density, scope, allow_empty=True)
     numel = sum(s.numel() for s in scores.values())
-    assert abs(mask.nnz - Fraction(density) * numel) <= 0.5
+    assert abs(mask.nnz - Fraction(density) * numel) <= 0.5 + 1e-12 * numel  # density·n is rounded
     assert {n: m.shape for n, m in mask.items()} == {n: s.shape for n, s in scores.items()}
 
 

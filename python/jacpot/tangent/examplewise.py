@@ -12,6 +12,7 @@ too: it has to take the same course, with the examples along the same axes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -145,8 +146,8 @@ class Follower(Recorder):
         self.places: list[Place] = []
         self.lost = False
         self.n = n_examples(tensors(examples))
-        self._known: Any = WeakTensorKeyDictionary()
-        self._numbers: Any = WeakTensorKeyDictionary()  # in the order of appearance
+        self._known: Any = WeakTensorKeyDictionary()  # the order of appearance, and the place
+        self._order = itertools.count()
         for constant in (*network.state.values(), *network.module.buffers(), *self.leaves.values()):
             self._add(constant, None)
         for example in tensors(examples):
@@ -154,8 +155,9 @@ class Follower(Recorder):
 
     def place(self, value: Any) -> Place | None:
         """Where in a value the examples are."""
-        found: Place | None = self._known.get(value) if isinstance(value, Tensor) else None
-        return found
+        found = self._known.get(value) if isinstance(value, Tensor) else None
+        place: Place | None = None if found is None else found[1]
+        return place
 
     def run(
         self, x: Inputs, targets: Any = None, parameters: Mapping[str, Tensor] | None = None
@@ -207,8 +209,8 @@ class Follower(Recorder):
         return [name for name in self.leaves if any(name in names for names in local)]
 
     def _add(self, value: Tensor, place: Place | None) -> None:
-        self._numbers.setdefault(value, len(self._numbers))
-        self._known[value] = place
+        before = self._known.get(value)
+        self._known[value] = next(self._order) if before is None else before[0], place
 
     def _named(self, value: Any) -> str | None:
         name = super()._named(value)
@@ -228,8 +230,10 @@ class Follower(Recorder):
 
     def _is_made(self, value: Any) -> bool:
         """Whether this is a parameter, or made of parameters alone."""
-        known = isinstance(value, Tensor) and value in self._known
-        return known and value.requires_grad and self._known[value] is None
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return False
+        found = self._known.get(value)
+        return found is not None and found[1] is None
 
     def _applies(
         self, rule: LayerRule, arguments: dict[str, Any], parameters: Mapping[str, str]
@@ -247,13 +251,15 @@ class Follower(Recorder):
             return func(*args, **kwargs)
         arguments = [*args, *kwargs.values()]
         operands = tensors(arguments)
-        if func not in TRACKS or not all(operand in self._known for operand in operands):
+        known = [self._known.get(operand) for operand in operands]
+        if func not in TRACKS or None in known:
             self._lose(func)
-        taken = [self.place(operand) for operand in operands]
+        taken: list[Place | None] = [place for _, place in known]
         rounds = {place[1] for place in taken if place is not None}
         meets = len(rounds) > 0
-        numbered = over_tensors(arguments, lambda x: self._numbers[x])
-        made = [i for i, operand in enumerate(operands) if self._is_made(operand)]
+        order = iter(known)
+        numbered = over_tensors(arguments, lambda _: next(order)[0])
+        made = [i for i, x in enumerate(operands) if taken[i] is None and x.requires_grad]
         held = operands
         if meets and made:  # the graph is not to lead to parameters from here
             held = [x.detach() if i in made else x for i, x in enumerate(operands)]

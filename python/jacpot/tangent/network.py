@@ -51,9 +51,11 @@ def over_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
     """Replace the tensors in ``x``; what is none stays."""
     if isinstance(x, Tensor):
         return function(x)
+    if isinstance(x, (tuple, list)):
+        return tuple([over_tensors(v, function) for v in x])
     if isinstance(x, Mapping):
         return {key: over_tensors(value, function) for key, value in x.items()}
-    return tuple(over_tensors(v, function) for v in x) if isinstance(x, tuple | list) else x
+    return x
 
 
 def n_examples(x: Inputs, name: str = "x") -> int:

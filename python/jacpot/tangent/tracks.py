@@ -8,6 +8,7 @@ says otherwise there are as many rounds r as in what the function took.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,9 +91,15 @@ def _labels(examples: Examples, x: Tensor) -> Tensor:
 
 
 def _numbers(n: int, size: int, place: Place, ndim: int, device: torch.device) -> Tensor:
+    """The examples' numbers along their axis: ``size`` entries, and one along all other axes."""
     axis, rounds = place
-    numbers = torch.arange(n, device=device).repeat_interleave(size // (n * rounds)).repeat(rounds)
-    return numbers.view(*(-1 if a == axis else 1 for a in range(ndim)))
+    line = _line if size <= 4096 else _line.__wrapped__  # keep short ones only
+    return line(n, size, rounds, device).view(*(-1 if a == axis else 1 for a in range(ndim)))
+
+
+@functools.lru_cache(64)
+def _line(n: int, size: int, rounds: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device).repeat_interleave(size // (n * rounds)).repeat(rounds)
 
 
 def _along(labels: Tensor, n: int) -> Place | None:
