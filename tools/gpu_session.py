@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, the most important first, for a machine that is there for minutes.
+"""Everything that needs a GPU, the most important first, for a machine rented by the minute.
 
     python tools/gpu_session.py --out runs/gpu --minutes 25
 
