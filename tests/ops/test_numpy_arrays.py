@@ -104,12 +104,14 @@ def test_what_is_not_taken_is_refused_by_name(name, good, use, kind):
     assert f"argument {name!r} " in message or f" like {name!r}" in message
 
 
-@pytest.mark.parametrize("layout", ["strided", "backwards", "read-only"])
+@pytest.mark.parametrize("layout", ["strided", "backwards", "unaligned", "read-only"])
 def test_results_are_written_where_the_caller_said_or_nowhere(layout):
     out = np.zeros((3, 3), np.float32)
     assert ops.gram(FACTORS, outputs="trace", out=out) is out
     np.testing.assert_array_equal(out, ops.gram(FACTORS, outputs="trace"))
-    with pytest.raises(ValueError, match="'out' must be writeable and contiguous in C order"):
+    with pytest.raises(
+        ValueError, match="'out' must be writeable, aligned and contiguous in C order"
+    ):
         ops.gram(FACTORS, outputs="trace", out=LAYOUTS[layout](np.zeros((3, 3), np.float32)))
 
 

@@ -63,8 +63,8 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
         return tensor
     if isinstance(array, numpy.ma.MaskedArray):
         raise TypeError(f"argument {name!r} must be a plain array, got a masked one; fill it first")
-    if any(stride < 0 for stride in array.strides):
-        array = array.copy()  # tensors have no negative strides
+    if not array.flags.aligned or any(stride < 0 for stride in array.strides):
+        array = array.copy()  # kernels load whole elements, and tensors have no negative strides
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -79,8 +79,8 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
 def as_output(name: str, array: Any) -> Tensor:
     """Give an array as a tensor on the same memory, to be written to."""
     flags = array.flags if isinstance(array, numpy.ndarray) else None
-    if flags is not None and not (flags.writeable and flags.c_contiguous):
-        raise ValueError(f"argument {name!r} must be writeable and contiguous in C order")
+    if flags is not None and not (flags.writeable and flags.c_contiguous and flags.aligned):
+        raise ValueError(f"argument {name!r} must be writeable, aligned and contiguous in C order")
     return as_tensor(name, array)
 
 
