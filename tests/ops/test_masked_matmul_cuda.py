@@ -92,6 +92,13 @@ def test_what_is_not_kept_is_not_touched(emulated_cuda):
     assert torch.equal(y, torch.tensor([[3.0, 1.0], [3.0, 1.0]]))
 
 
+def test_a_single_column_in_16_bits(emulated_cuda):
+    x = torch.arange(8.0).to(torch.bfloat16)[:, None]  # (8, 1), of strides (1, 1)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    y = cuda.multiply(walk_of(mask), x, torch.full((1,), 2.0).to(x.dtype), None, False, False)
+    assert torch.equal(y, 2 * x)
+
+
 def test_relu_keeps_nan(emulated_cuda):
     mask = torch.tensor([[True], [True]])
     y = cuda.multiply(
