@@ -14,6 +14,7 @@ from jacpot._backend import threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
 from jacpot.ops.jacobian_kernels import kernels
 from jacpot.ops.jacobian_lookup import Lookup
+from jacpot.ops.jacobian_signals import OfSignals
 
 __all__ = ["Block", "Factors", "KeptWeights", "Lookup", "Rows", "check_blocks", "row_panels"]
 
@@ -57,7 +58,7 @@ def _tensor(array: Any, name: str, rank: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class Factors(OfSignals):
     """The factored block of a layer's weight, ``J[n,k,(g,o),i] = Σ_t δ[n,k,t,g,o] · a[n,t,g,i]``.
 
     Parameters
@@ -118,35 +119,10 @@ class Factors:
         object.__setattr__(self, "activations", a)
         object.__setattr__(self, "signals", s)
 
-    @property
-    def n_examples(self) -> int:
-        """Examples, ``N``."""
-        return self.signals.shape[0]
-
-    @property
-    def n_outputs(self) -> int:
-        """Outputs per example, ``K``."""
-        return self.signals.shape[1]
-
-    @property
-    def n_positions(self) -> int:
-        """Positions that share the weight, ``T``."""
-        return self.signals.shape[2]
-
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Groups, outputs and inputs of the weight, ``(G, O, I)``."""
         return self.signals.shape[3], self.signals.shape[4], self.activations.shape[3]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The element type of both factors."""
-        return self.signals.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where both factors lie."""
-        return self.signals.device
 
     @property
     def nbytes(self) -> int:

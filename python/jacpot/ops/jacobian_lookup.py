@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from jacpot.ops.arrays import Kind
+from jacpot.ops.jacobian_signals import OfSignals
 
 __all__ = ["Lookup"]
 
 
 @dataclass(frozen=True, eq=False)
-class Lookup:
+class Lookup(OfSignals):
     """The block of a table of V entries, ``J[n,k,(v,d)] = Σ_t [token[n,t] = v] · δ[n,k,t,d]``.
 
     It takes as much room as the signals: that of nothing here but :meth:`panels` grows with V.
@@ -67,21 +68,6 @@ class Lookup:
         return "torch"
 
     @property
-    def n_examples(self) -> int:
-        """Examples, ``N``."""
-        return self.signals.shape[0]
-
-    @property
-    def n_outputs(self) -> int:
-        """Outputs per example, ``K``."""
-        return self.signals.shape[1]
-
-    @property
-    def n_positions(self) -> int:
-        """Positions that look up an entry, ``T``."""
-        return self.signals.shape[2]
-
-    @property
     def width(self) -> int:
         """Elements of an entry, ``D``."""
         return self.signals.shape[3]
@@ -90,16 +76,6 @@ class Lookup:
     def n_parameters(self) -> int:
         """Columns of the block, ``V·D``."""
         return self.n_tokens * self.width
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The element type."""
-        return self.signals.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-        return self.signals.device
 
     @property
     def nbytes(self) -> int:
