@@ -50,17 +50,16 @@ class ConjugateGradients {
         curvature_(column_.size()),
         beta_(column_.size()),
         one_(column_.size(), 1.0),
-        damping_column_(column_.size(), damping) {
-    for (auto& dot : dot_) dot.resize(column_.size());
-  }
+        damping_column_(column_.size(), damping),
+        sums_(4 * column_.size()) {}
 
   Status run(double* residual_norms, Report* report) {
     vectors_ = allocate_scratch<double>(4 * shape_.elements());
-    partial_ = allocate_scratch<double>(shape_.chunks() * shape_.count);
+    partial_ = allocate_scratch<double>(shape_.chunks() * 4 * shape_.count);
     if (!vectors_ || !partial_)
       return {Code::out_of_memory, "no memory for the vectors of the solver"};
     sum(b_, b_, 0);
-    for (std::size_t c = 0; c < column_.size(); ++c) column_[c].norm_b = std::sqrt(dot_[0][c]);
+    for (std::size_t c = 0; c < column_.size(); ++c) column_[c].norm_b = std::sqrt(dot(0, c));
     Status status = replace_residual();
     if (status.ok() && any_active()) status = precondition();
     if (!status.ok()) return status;
@@ -78,7 +77,10 @@ class ConjugateGradients {
   double* p() { return vectors_.get() + 2 * shape_.elements(); }
   double* q() { return vectors_.get() + 3 * shape_.elements(); }
   void sum(const double* x, const double* y, int slot) {
-    dots(shape_, x, y, partial_.get(), dot_[slot].data());
+    dots(shape_, x, y, partial_.get(), sums_.data() + slot * shape_.count);
+  }
+  double dot(int slot, std::size_t c) const {
+    return sums_[static_cast<std::size_t>(slot) * column_.size() + c];
   }
   bool any_active() const {
     return std::any_of(column_.begin(), column_.end(), [](const Column& c) { return c.active; });
@@ -108,9 +110,9 @@ class ConjugateGradients {
     sum(x_, x_, 1);
     for (std::size_t c = 0; c < column_.size(); ++c) {
       Column& column = column_[c];
-      column.norm_r = std::sqrt(dot_[0][c]);
+      column.norm_r = std::sqrt(dot(0, c));
       column.gap_squared = 0;
-      column.rounding = a_.unit_roundoff(Accuracy::full) * damped_norm() * std::sqrt(dot_[1][c]);
+      column.rounding = a_.unit_roundoff(Accuracy::full) * damped_norm() * std::sqrt(dot(1, c));
       if (column.active) judge(column);
     }
     return {};
@@ -134,24 +136,40 @@ class ConjugateGradients {
   }
 
   Status multiply_direction() {
-    if (const Status status = apply(p(), q(), accuracy_); !status.ok()) return status;
-    sum(p(), q(), 0);
-    sum(p(), p(), 1);
-    sum(q(), q(), 2);
-    sum(p(), r(), 3);
+    ++report_.products;
+    if (const Status status = a_.apply(p(), q(), shape_.count, accuracy_); !status.ok())
+      return status;
+    const VectorTable& kernels = vector_kernels();
+    const std::int64_t n = shape_.count;
+    const auto body = [&](std::int64_t begin, std::int64_t end, double* sums) {
+      const std::int64_t at = begin * n;
+      kernels.curvature(end - begin, n, damping_, p() + at, r() + at, q() + at, sums);
+    };
+    reduce(shape_, 4 * n, partial_.get(), sums_.data(), body);
     for (std::size_t c = 0; c < column_.size(); ++c)
-      if (column_[c].active && dot_[1][c] > 0)
-        norm_a_ = std::max(norm_a_, std::sqrt(dot_[2][c] / dot_[1][c]));
+      if (column_[c].active && dot(1, c) > 0)
+        norm_a_ = std::max(norm_a_, std::sqrt(dot(2, c) / dot(1, c)));
     return {};
   }
   // No curvature along p that could be told from rounding.
   bool is_flat(std::size_t c) const {
-    return dot_[0][c] <= a_.unit_roundoff(accuracy_) * norm_a_ * dot_[1][c];
+    return dot(0, c) <= a_.unit_roundoff(accuracy_) * norm_a_ * dot(1, c);
   }
   bool any_flat() const {
     for (std::size_t c = 0; c < column_.size(); ++c)
       if (column_[c].active && is_flat(c)) return true;
     return false;
+  }
+
+  // A step of alpha along p; sums 0 are r·r.
+  void advance() {
+    const VectorTable& kernels = vector_kernels();
+    const std::int64_t n = shape_.count;
+    const auto body = [&](std::int64_t begin, std::int64_t end, double* sums) {
+      const std::int64_t at = begin * n;
+      kernels.advance(end - begin, n, alpha_.data(), p() + at, q() + at, x_ + at, r() + at, sums);
+    };
+    reduce(shape_, n, partial_.get(), sums_.data(), body);
   }
 
   Status iterate() {
@@ -168,7 +186,7 @@ class ConjugateGradients {
       Column& column = column_[c];
       alpha_[c] = 0;
       if (!column.active) continue;
-      const double pq = curvature_[c] = dot_[0][c], pp = dot_[1][c], pr = dot_[3][c];
+      const double pq = curvature_[c] = dot(0, c), pp = dot(1, c), pr = dot(3, c);
       if (!std::isfinite(pq) || !std::isfinite(pr)) {
         column.stop(Outcome::non_finite);
         continue;
@@ -190,15 +208,12 @@ class ConjugateGradients {
       const double rounding = unit * damped_norm() * alpha_[c] * std::sqrt(pp);
       column.gap_squared += rounding * rounding;
     }
-    combine(shape_, alpha_.data(), p(), one_.data(), x_);
-    for (double& alpha : alpha_) alpha = -alpha;
-    combine(shape_, alpha_.data(), q(), one_.data(), r());
-    sum(r(), r(), 2);
+    advance();
     double worst = 0;
     for (std::size_t c = 0; c < column_.size(); ++c) {
       Column& column = column_[c];
       if (!column.active) continue;
-      column.norm_r = std::sqrt(dot_[2][c]);
+      column.norm_r = std::sqrt(dot(0, c));
       worst = std::max(worst, column.norm_r / column.norm_b);
       column.claimed = !(column.norm_r > control_.tolerance * column.norm_b);
       // The direction belongs to the recurred residual: from the true one, where the two differ, a
@@ -219,7 +234,7 @@ class ConjugateGradients {
     if (const Status status = precondition(); !status.ok()) return status;
     sum(z(), q(), 3);
     for (std::size_t c = 0; c < column_.size(); ++c)
-      beta_[c] = column_[c].active && !column_[c].fresh ? -dot_[3][c] / curvature_[c] : 0.0;
+      beta_[c] = column_[c].active && !column_[c].fresh ? -dot(3, c) / curvature_[c] : 0.0;
     combine(shape_, one_.data(), z(), beta_.data(), p());
     return {};
   }
@@ -256,7 +271,7 @@ class ConjugateGradients {
       const double share =
           std::max(100 * a_.unit_roundoff(how), std::sqrt(a_.unit_roundoff(Accuracy::full)));
       std::erase_if(suspects, [&](std::size_t c) {
-        return !(std::sqrt(dot_[0][c]) <= share * damped_norm() * verdict[c].norm_r);
+        return !(std::sqrt(dot(0, c)) <= share * damped_norm() * verdict[c].norm_r);
       });
     }
     if (!suspects.empty()) worst = std::max(worst, Outcome::inconsistent);
@@ -272,8 +287,7 @@ class ConjugateGradients {
   const Control& control_;
   const Shape shape_;
   std::vector<Column> column_;
-  std::vector<double> alpha_, curvature_, beta_, one_, damping_column_;
-  std::vector<double> dot_[4];
+  std::vector<double> alpha_, curvature_, beta_, one_, damping_column_, sums_;
   Scratch<double> vectors_, partial_;
   Accuracy accuracy_ = Accuracy::working;
   double norm_a_ = 0;  // a lower bound of the norm, from the products seen

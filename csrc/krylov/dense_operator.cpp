@@ -145,12 +145,16 @@ class Dense final : public Operator {
   Status pack() const {
     const SymmetricKernels<T>& kernel = kernels();
     const std::int64_t n = rows(), size = (n + kernel.block - 1) / kernel.block * kernel.block;
+    const std::int64_t bands = size / kernel.band_rows;
     auto packed = std::make_unique<Packed>(Packed{kernel, size, {}, {}, {}});
+    packed->offsets.resize(static_cast<std::size_t>(bands));
+    // What one task reads lies together: a contiguous piece takes equally of all sets of a cache.
     std::int64_t elements = 0;
-    for (std::int64_t row = 0; row < size; row += kernel.band_rows) {
-      packed->offsets.push_back(elements);
-      elements += kernel.band_size(row, size);
-    }
+    for (std::int64_t task = 0; task < tasks(); ++task)
+      for (std::int64_t i = task; i < bands; i += tasks()) {
+        packed->offsets[static_cast<std::size_t>(i)] = elements;
+        elements += kernel.band_size(i * kernel.band_rows, size);
+      }
     packed->data = allocate_resident<T>(elements);
     packed->vectors = allocate_scratch<T>((tasks() + 1) * size);
     if (!packed->data || !packed->vectors) return no_memory;

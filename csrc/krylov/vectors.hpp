@@ -47,34 +47,27 @@ void reduce(const Shape& shape, std::int64_t width, double* partial, double* out
     for (std::int64_t c = 0; c < width; ++c) out[c] += partial[chunk * width + c];
 }
 
+inline const VectorTable& vector_kernels() {
+  return active_table(static_cast<const VectorTable*>(nullptr));
+}
+
 // out[c] = Σ_i x[i, c] · y[i, c]
 inline void dots(const Shape& shape, const double* x, const double* y, double* partial,
                  double* out) {
-  const std::int64_t count = shape.count;
-  const VectorTable& kernels = active_table(static_cast<const VectorTable*>(nullptr));
-  reduce(shape, count, partial, out, [=](std::int64_t begin, std::int64_t end, double* sums) {
-    if (count == 1) {
-      *sums += kernels.dot(end - begin, x + begin, y + begin);
-      return;
-    }
-    for (std::int64_t i = begin; i < end; ++i)
-      for (std::int64_t c = 0; c < count; ++c) sums[c] += x[i * count + c] * y[i * count + c];
+  const VectorTable& kernels = vector_kernels();
+  const std::int64_t n = shape.count;
+  reduce(shape, n, partial, out, [=, &kernels](std::int64_t begin, std::int64_t end, double* sums) {
+    kernels.dot(end - begin, n, x + begin * n, y + begin * n, sums);
   });
 }
 
 // y[i, c] = scale[c] · y[i, c] + alpha[c] · x[i, c]
 inline void combine(const Shape& shape, const double* alpha, const double* x, const double* scale,
                     double* y) {
-  const std::int64_t count = shape.count;
-  const VectorTable& kernels = active_table(static_cast<const VectorTable*>(nullptr));
-  shape.for_chunks([=](std::int64_t begin, std::int64_t end, std::int64_t) {
-    if (count == 1) {
-      kernels.combine(end - begin, *alpha, x + begin, *scale, y + begin);
-      return;
-    }
-    for (std::int64_t i = begin; i < end; ++i)
-      for (std::int64_t c = 0; c < count; ++c)
-        y[i * count + c] = scale[c] * y[i * count + c] + alpha[c] * x[i * count + c];
+  const VectorTable& kernels = vector_kernels();
+  const std::int64_t n = shape.count;
+  shape.for_chunks([=, &kernels](std::int64_t begin, std::int64_t end, std::int64_t) {
+    kernels.combine(end - begin, n, alpha, x + begin * n, scale, y + begin * n);
   });
 }
 

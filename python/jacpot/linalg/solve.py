@@ -133,7 +133,7 @@ def solve(
     b = _as_tensor(rhs, "rhs")
     if b.ndim not in (1, 2):
         raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
-    columns = (b if b.ndim == 2 else b[:, None]).double()
+    columns = (b if b.ndim == 2 else b.unsqueeze(1)).double()
     largest = _largest(columns)
     if not all(map(math.isfinite, largest)):
         raise ValueError("argument 'rhs' must be finite, got NaN or infinity")
@@ -149,7 +149,7 @@ def solve(
         raise ValueError("argument 'preconditioner': method 'cholesky' has its own, use 'cg'")
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scales = [power_of_two_above(size) for size in largest]
-    scale = torch.tensor(scales, dtype=torch.float64).to(b.device)
+    scale = columns.new_tensor(scales)
     shape = (a.shape[1], *b.shape[1:])
     guess = None
     if x0 is not None:
@@ -164,7 +164,9 @@ def solve(
         unit = system.unit()
         if unit != 1:
             attempt = _attempt(system, unit, attempt.columns, guess, *options)
-    out: Any = attempt.x.mul_(scale).div_(attempt.unit).reshape(shape)
+    out: Any = attempt.x.mul_(scale)
+    if attempt.unit != 1:
+        out.div_(attempt.unit)
     status, norms = attempt.judge(scales, scale, float(tol))
     relative = [
         n / of_b if of_b else math.inf if n else 0.0
@@ -174,7 +176,7 @@ def solve(
     order = range(len(relative))
     worst = max(order, key=lambda i: (math.isnan(relative[i]), relative[i]), default=None)
     solution = Solution(
-        x=like(out, rhs),
+        x=like(out.view(shape), rhs),
         status=status,
         iterations=attempt.result["iterations"],
         residual_norm=0.0 if worst is None else norms[worst] * scales[worst],
