@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 from jacpot.tangent.backward import cannot_map, signals
+from jacpot.tangent.course import Deviates
 from jacpot.tangent.examplewise import Follower
 from jacpot.tangent.local import example_major
 from jacpot.tangent.network import (
@@ -35,7 +36,7 @@ from jacpot.tangent.network import (
     take,
     tensors,
 )
-from jacpot.tangent.probe import Probe, stand_in
+from jacpot.tangent.probe import Probe, forget, stand_in
 from jacpot.tangent.recorder import Call, Recorder
 from jacpot.tangent.rules import Rows, Term
 from jacpot.tangent.rules.terms import Fold, reduced
@@ -106,6 +107,11 @@ def capture(
     ------
     Captured
         The next examples'.
+
+    Raises
+    ------
+    Deviates
+        If what was found is remembered, and holds no longer.
     """
     _announce(network, probed)
     n = n_examples(x)
@@ -140,7 +146,7 @@ def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> I
     if keep == 0:  # most layers refuse an empty batch: run one example, and keep nothing of it
         x, targets = stand_in(x, 1), stand_in(targets, 1)
     n = n_examples(x)
-    if probed.writes_input:
+    if probed.writes_input or (probed.remembered and n == 1):
         x = over_tensors(x, torch.clone)
     if probed.together or n == 1:
         yield _together(network, x, targets, probed, keep)
@@ -158,11 +164,12 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
     """Capture all examples in one run of the network as it is."""
     n = n_examples(x)
     leaves = {name: p.detach().requires_grad_() for name, p in network.parameters.items()}
-    named = {} if probed.differentiates else leaves
-    recorder = Recorder(network, named, faster=probed.course is not None)
-    if probed.course is not None and n > 1 and not probed.is_plain:
-        recorder = Follower(network, leaves, [x, targets], probed.course)
-    outputs = recorder.run(x, targets, leaves)
+    if probed.course is not None and n > 1:
+        recorder, outputs = _followed(network, x, targets, leaves, probed)
+    else:
+        named = {} if probed.differentiates else leaves
+        recorder = Recorder(network, named, faster=probed.course is not None)
+        outputs = recorder.run(x, targets, leaves)
     edges = [call.edge for call in recorder.calls]
     # to the parameters themselves lead the uses that no rule covers, of a single example
     found = _signals(outputs, [*edges, *(leaves.values() if n == 1 else ())], probed)
@@ -171,7 +178,7 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
         axis, rounds = 0, 1
         if isinstance(recorder, Follower):
             axis, rounds = recorder.places[i]
-        elif n > 1 and not probed.is_plain:
+        elif n > 1:
             axis = _example_axis(call, probed.axes[i:], n)
         given, arrived = call.input, signal
         if n == len(call.shape) == 1:  # one example that came without its axis
@@ -184,6 +191,28 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
     rows = {name: None if r is None else r[:, None] for name, r in rows.items()}
     captured = _finish(outputs, seen, rows, Fold(n, keep))
     return _led_back(captured, recorder) if isinstance(recorder, Follower) else captured
+
+
+def _followed(
+    network: Network, x: Inputs, targets: Any, leaves: Mapping[str, Tensor], probed: Probe
+) -> tuple[Recorder, Tensor]:
+    """Run the network, with proof that it treats the examples one by one."""
+    follower = Follower(network, leaves, [x, targets], probed.course, strict=probed.remembered)
+    outputs = follower.run(x, targets, leaves)
+    if probed.remembered and outputs.shape[1] != probed.n_outputs:
+        raise Deviates
+    if follower.deviates:  # from fewer examples: by their number, or by chance?
+        forget(network)
+        own = [over_tensors(value, torch.clone) for value in (x, targets)]
+        again = Follower(network, leaves, own, follower.course, strict=True)
+        try:
+            again.run(own[0], own[1], leaves)
+        except Deviates:
+            raise ValueError(
+                "argument 'module' must treat examples one by one, but the functions that it calls "
+                "change by chance"
+            ) from None
+    return follower, outputs
 
 
 def _led_back(captured: Captured, follower: Follower) -> Captured:

@@ -1,27 +1,27 @@
 """Proof that a network treats its examples one by one, from the functions that it calls.
 
 Of most functions that networks call it is known what they do to the examples (see `tracks`). A run
-on stand-in examples follows along which axis they are in every value. If they are so in the
-outputs, and no other function was called, then the network treats any examples one by one: none of
-the known functions tells the network of a value on which it could base another course. For that
-reason the products with weights, which are what takes time, need not be computed in this run.
+that is followed tells along which axis they are in every value. If they are so in the outputs, and
+no other function was called, then the network treated these examples one by one: none of the known
+functions tells the network of a value on which it could base another course.
 
-A course may still hang on the number of examples. So the run of the examples themselves is followed
-too: it has to take the same course, with the examples along the same axes.
+A run of a few stand-in examples, in which the products with weights need not be computed, tells
+beforehand how much memory the examples will take. What is proof is the run of the examples
+themselves: it is followed as well, and has to make the same calls. Code that is not torch's may
+make others, as the number of examples or dice have it: then another run must repeat the calls.
 """
 
 from __future__ import annotations
 
-import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from jacpot.tangent.course import Course, Deviates, Step, alike, form_of
 from jacpot.tangent.local import local_rule, writes
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, tensors
 from jacpot.tangent.recorder import Recorder
@@ -32,28 +32,17 @@ from jacpot.tangent.tracks import (
     TELL_SHAPE,
     TRACKS,
     WEIGHT_PRODUCTS,
-    Axis,
     Examples,
     Place,
+    Places,
+    lead,
 )
 
-__all__ = ["Course", "Follower", "follow"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A call: the function, and where the examples are in what it took and gave."""
-
-    function: Any
-    taken: tuple[Axis, ...]
-    given: tuple[Axis, ...]
-
-
-Course = list[Step]
+__all__ = ["Follower", "follow"]
 
 
 def follow(network: Network, x: Any, targets: Any) -> tuple[Tensor, Follower] | None:
-    """Run stand-in examples, to prove that the network treats examples one by one.
+    """Run stand-in examples, to learn how the network treats examples.
 
     Parameters
     ----------
@@ -66,36 +55,15 @@ def follow(network: Network, x: Any, targets: Any) -> tuple[Tensor, Follower] | 
     -------
     tuple or None
         Outputs of the shape that they have, ``(n, K)``, and what followed the run, whose calls
-        cover all uses of the parameters. None without a proof.
+        cover all uses of the parameters. None if it does not treat them one by one.
     """
-    # Code that is not torch's may throw dice that torch does not see: then its steps change.
     leaves = {name: p.detach().requires_grad_() for name, p in network.parameters.items()}
-    count = 1 if _is_of_torch(network) else 2
-    runs = [Follower(network, leaves, [x, targets]) for _ in range(count)]
-    first = runs[0]
+    follower = Follower(network, leaves, [x, targets])
     try:
-        outputs = [follower.run(x, targets, leaves) for follower in runs]
+        outputs = follower.run(x, targets, leaves)
     except Exception:  # unknown, or wrong: then running the network as it is will tell
         return None
-    if any(follower.lost or follower.details != first.details for follower in runs):
-        return None
-    if first.place(outputs[0]) != (0, 1) or len(outputs[0]) != first.n:
-        return None
-    # Derivatives that somebody wrote may be anything, and no use of a parameter must be left.
-    ends = set(map(id, leaves.values()))
-    for node in _graph([outputs[0], *first.cut]):
-        if isinstance(node, BackwardCFunction) or id(getattr(node, "variable", None)) in ends:
-            return None
-    return outputs[0], first
-
-
-def _is_of_torch(network: Network) -> bool:
-    """Whether all code that runs is torch's own."""
-    return not callable(network.output) and all(
-        type(part).__module__.startswith("torch.nn.modules.")
-        and not (part._forward_pre_hooks or part._forward_hooks)
-        for part in network.module.modules()
-    )
+    return (outputs, follower) if follower.proves(outputs) else None
 
 
 class Follower(Recorder):
@@ -111,19 +79,23 @@ class Follower(Recorder):
         The network, and the parameters that it will be called with, which require gradients.
     examples
         What it will be called with: tensors of examples, ``(n, ...)``.
-    course
-        The course that it must take. By default this is the run of stand-ins that finds it out.
+    expected
+        The course that it should take. By default this is a run of stand-ins, to find it out.
+    strict
+        Whether no other call than an expected one is to be made.
 
     Attributes
     ----------
+    course
+        The calls so far.
     made
         What was made of parameters and met examples, by the names that calls have for it.
     cut
         Where the graph of the stand-ins' run was cut: what recorded calls and products took.
     places
         For each recorded call where the examples are in what it gave.
-    details
-        What was called, with the operands by their order of appearance and all other arguments.
+    deviates
+        Whether a call was not the one expected.
     lost
         Whether a function was called, or a tensor used, of which nothing is known.
     """
@@ -133,53 +105,74 @@ class Follower(Recorder):
         network: Network,
         leaves: Mapping[str, Tensor],
         examples: Any,
-        course: Course | None = None,
+        expected: Course | None = None,
+        strict: bool = False,
     ) -> None:
-        # our own functions have derivatives of their own, which are no proof of anything
-        super().__init__(network, leaves, faster=course is not None)
-        self.leaves = leaves
-        self.expected = course
-        self.course: Course = []
-        self.details: list[Any] = []
+        super().__init__(network, leaves, faster=expected is not None)
+        self.leaves, self.expected, self.strict = leaves, expected, strict
+        self.n = n_examples(tensors(examples))
+        self.course = Course(self.n, [])
         self.made: dict[str, Tensor] = {}
         self.cut: list[Tensor] = []
         self.places: list[Place] = []
-        self.lost = False
-        self.n = n_examples(tensors(examples))
-        self._known: Any = WeakTensorKeyDictionary()  # the order of appearance, and the place
-        self._order = itertools.count()
-        for constant in (*network.state.values(), *network.module.buffers(), *self.leaves.values()):
+        self.deviates = self.lost = False
+        # by id: a tensor, unless it is gone, its order of appearance, and where the examples are
+        self._known: dict[int, tuple[Any, int, Place | None]] = {}
+        self._appeared = 0
+        for constant in (*network.state.values(), *network.module.buffers(), *leaves.values()):
             self._add(constant, None)
         for example in tensors(examples):
             self._add(example, (0, 1))
 
     def place(self, value: Any) -> Place | None:
         """Where in a value the examples are."""
-        found = self._known.get(value) if isinstance(value, Tensor) else None
-        place: Place | None = None if found is None else found[1]
-        return place
+        found = self._find(value)
+        return None if found is None else found[2]
 
     def run(
         self, x: Inputs, targets: Any = None, parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Evaluate the network as `Recorder.run` does, on the course that is expected.
+        """Evaluate the network as `Recorder.run` does.
 
         Raises
         ------
         ValueError
-            If the network takes another.
+            If a course was expected, but this run is no proof.
+        Deviates
+            The same, if the network may make no calls but the expected ones.
         """
+        outputs: Any = None
         try:
             outputs = super().run(x, targets, parameters)
-        except NotImplementedError:
-            if self.expected is None or not self.lost:
+        except Exception:
+            if not (self.strict or (self.lost and self.expected is not None)):
                 raise
-        if self.expected is not None and (self.lost or self.course != self.expected):
-            raise ValueError(
-                "argument 'module' must treat examples one by one, but the functions that it calls "
-                f"for {self.n} examples are others than for a few, or treat them otherwise"
-            )
-        return outputs
+        if self.expected is not None:
+            self.deviates |= len(self.course.steps) < len(self.expected.steps)
+            proven = outputs is not None and self.proves(outputs)
+            if self.strict and (self.deviates or not proven):
+                raise Deviates
+            if not proven:
+                raise ValueError(
+                    "argument 'module' must treat examples one by one, but the functions that it "
+                    f"calls for {self.n} examples are others than for a few, or treat them "
+                    "otherwise"
+                )
+        found: Tensor = outputs
+        return found
+
+    def proves(self, outputs: Tensor) -> bool:
+        """Whether the run that gave these is proof, and calls cover all uses of parameters."""
+        if self.lost or self.place(outputs) != (0, 1) or len(outputs) != self.n:
+            return False
+        ends = set(map(id, self.leaves.values()))
+        for node in _graph([outputs, *self.cut]):
+            # Derivatives that somebody wrote may be anything.
+            if isinstance(node, BackwardCFunction) and not _is_ours(node):
+                return False
+            if id(getattr(node, "variable", None)) in ends:
+                return False
+        return True
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -188,15 +181,6 @@ class Follower(Recorder):
             with self:
                 return _MADE_OF[func](*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a run of other examples need not be followed.
-
-        Each of torch's own layers takes them in its first axis, however many they are.
-        """
-        first = all(place == (0, 1) for place in self.places)
-        return first and not self.made and not self.uncovered() and _is_of_torch(self.network)
 
     def made_of(self, name: str) -> dict[str, Tensor]:
         """The parameters, by name, of which something was made."""
@@ -208,9 +192,17 @@ class Follower(Recorder):
         local = [call.parameters.values() for call in self.calls if call.rule.local]
         return [name for name in self.leaves if any(name in names for names in local)]
 
-    def _add(self, value: Tensor, place: Place | None) -> None:
-        before = self._known.get(value)
-        self._known[value] = next(self._order) if before is None else before[0], place
+    def _find(self, value: Any) -> tuple[Any, int, Place | None] | None:
+        found = self._known.get(id(value))
+        return found if found is not None and found[0]() is value else None
+
+    def _add(self, value: Tensor, place: Place | None, like: Tensor | None = None) -> None:
+        """Learn where in a value the examples are; it may count as another that is known."""
+        found = self._find(value if like is None else like)
+        if found is None:
+            self._appeared += 1
+        order = self._appeared if found is None else found[1]
+        self._known[id(value)] = weakref.ref(value), order, place
 
     def _named(self, value: Any) -> str | None:
         name = super()._named(value)
@@ -232,8 +224,8 @@ class Follower(Recorder):
         """Whether this is a parameter, or made of parameters alone."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return False
-        found = self._known.get(value)
-        return found is not None and found[1] is None
+        found = self._find(value)
+        return found is not None and found[2] is None
 
     def _applies(
         self, rule: LayerRule, arguments: dict[str, Any], parameters: Mapping[str, str]
@@ -249,16 +241,15 @@ class Follower(Recorder):
     def _evaluate(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in TELL_SHAPE:
             return func(*args, **kwargs)
-        arguments = [*args, *kwargs.values()]
-        operands = tensors(arguments)
-        known = [self._known.get(operand) for operand in operands]
-        if func not in TRACKS or None in known:
+        operands: list[Tensor] = []
+        form = form_of(args, operands), form_of(kwargs, operands)
+        known = [found for x in operands if (found := self._find(x)) is not None]
+        if func not in TRACKS or len(known) < len(operands):
             self._lose(func)
-        taken: list[Place | None] = [place for _, place in known]
-        rounds = {place[1] for place in taken if place is not None}
-        meets = len(rounds) > 0
-        order = iter(known)
-        numbered = over_tensors(arguments, lambda _: next(order)[0])
+        call = func, tuple([order for _, order, _ in known]), form
+        expected = self._expect(call)
+        taken = tuple([place for _, _, place in known])
+        meets = any(taken)
         made = [i for i, x in enumerate(operands) if taken[i] is None and x.requires_grad]
         held = operands
         if meets and made:  # the graph is not to lead to parameters from here
@@ -274,28 +265,33 @@ class Follower(Recorder):
             self.cut.extend(filter(self.place, operands))
         else:
             result = super()._evaluate(func, args, kwargs)
-        given = tensors(result)
-        places: list[Place | None]
+        given = [result] if isinstance(result, Tensor) else tensors(result)
+        places: Places | None
         if meets or func in NEEDS_CARE:
             examples = Examples(self.n, self.place)
-            found = TRACKS[func](examples, result, *args, **kwargs)
-            if isinstance(found, list):
-                places = found
-            elif found is not None and len(rounds) == 1:
-                places = [(found, rounds.pop())] * len(given)
-            else:
-                self._lose(func)
-            if len(places) != len(given) or None in places:
-                self._lose(func)
+            places = lead(examples, func, form, held, taken, result, given, args, kwargs)
         else:
-            places = [self._spread(func, value) for value in given]
-        self.course.append(Step(func, tuple(map(_axis, taken)), tuple(map(_axis, places))))
-        self.details.append((func, numbered))
+            places = [self._spread(func, value, expected) for value in given]
+        if places is None:
+            self._lose(func)
+        self.course.steps.append(Step(call, tuple([None if p is None else p[0] for p in places])))
         for value, place in zip(given, places, strict=True):
             self._add(value, place)
         if made and any(places):
             return self._record_use(func, args, kwargs, operands, held, made, taken, result)
         return result
+
+    def _expect(self, call: tuple[Any, ...]) -> Step | None:
+        """The step that is expected, if this is the one."""
+        if self.expected is None or self.deviates:
+            return None
+        steps, i = self.expected.steps, len(self.course.steps)
+        if i < len(steps) and alike(call, self.n, steps[i].call, self.expected.n):
+            return steps[i]
+        self.deviates = True
+        if self.strict:
+            raise Deviates
+        return None
 
     def _record_use(
         self,
@@ -305,7 +301,7 @@ class Follower(Recorder):
         operands: list[Tensor],
         held: list[Tensor],
         made: list[int],
-        taken: list[Place | None],
+        taken: Sequence[Place | None],
         result: Any,
     ) -> Tensor:
         """Record a call in which what is made of parameters meets examples, or becomes theirs."""
@@ -322,16 +318,11 @@ class Follower(Recorder):
         rule = local_rule(func, args, kwargs, made, taken, self.n, place)
         return self._record(rule, {str(i): x for i, x in enumerate(held)}, names, result)
 
-    def _spread(self, func: Any, value: Tensor) -> Place | None:
+    def _spread(self, func: Any, value: Tensor, expected: Step | None) -> Place | None:
         """Find the axis along which there is one entry for each example, the same for all."""
-        if self.expected is not None:  # which of several axes counts examples, the stand-ins tell
-            step = (
-                self.expected[len(self.course)] if len(self.course) < len(self.expected) else None
-            )
-            axis = step.given[0] if step is not None and len(step.given) == 1 else None
-            along = [] if axis is None or axis >= value.ndim else [axis]
-        else:
-            along = list(range(value.ndim))
+        along = list(range(value.ndim))
+        if expected is not None:  # which of several axes counts examples, the stand-ins tell
+            along = [axis for axis in expected.given if axis is not None and axis < value.ndim]
         along = [
             axis
             for axis in along
@@ -349,7 +340,7 @@ class Follower(Recorder):
         recorded = super()._record(rule, arguments, parameters, result)
         place = self.place(result)
         assert place is not None
-        self._add(recorded, place)
+        self._add(recorded, place, like=result)
         self.places.append(place)
         if self.expected is None:
             self.cut.extend(filter(self.place, tensors([*arguments.values()])))
@@ -372,8 +363,9 @@ def _graph(values: Sequence[Tensor]) -> Iterator[Any]:
             waiting.extend(before for before, _ in node.next_functions)
 
 
-def _axis(place: Place | None) -> Axis:
-    return None if place is None else place[0]
+def _is_ours(node: BackwardCFunction) -> bool:
+    kind: Any = type(node)
+    return str(kind._forward_cls.__module__).startswith("jacpot.")
 
 
 def _zeros(product: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Columns, assemble
 from jacpot.tangent.capture import capture
+from jacpot.tangent.course import Deviates
 from jacpot.tangent.factored import Jacobian
 from jacpot.tangent.joined import joined
 from jacpot.tangent.network import Inputs, Network, Output, recording, take, tensors
-from jacpot.tangent.probe import probe
+from jacpot.tangent.probe import forget, probe
 
 __all__ = ["Jacobian", "JacobianSource", "jacobian"]
 
@@ -146,12 +147,25 @@ class JacobianSource:
 
     def __call__(self, x: Inputs, examples: slice | None = None, targets: Any = None) -> Jacobian:
         """Take the Jacobian at these examples, or at some of them."""
-        parts = []
         with recording():
             if examples is not None:
                 x, targets = take(x, examples), take(targets, examples)
-            for part in capture(self.network, x, targets, self.probe, self.memory_budget):
-                blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
-                shape = self.network.output_shape
-                parts.append(Jacobian(part.outputs, blocks, self.columns, orders, shape))
-        return joined(parts)
+            try:
+                return joined(self._parts(x, targets))
+            except Deviates:  # the module is not what it was when it was last called
+                self.renew(x, targets)
+                return joined(self._parts(x, targets))
+
+    def renew(self, x: Inputs, targets: Any = None) -> None:
+        """Learn from examples alone how the network uses its parameters."""
+        with recording():
+            forget(self.network)
+            self.probe = probe(self.network, x, targets)
+
+    def _parts(self, x: Inputs, targets: Any) -> list[Jacobian]:
+        parts = []
+        for part in capture(self.network, x, targets, self.probe, self.memory_budget):
+            blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
+            shape = self.network.output_shape
+            parts.append(Jacobian(part.outputs, blocks, self.columns, orders, shape))
+        return parts

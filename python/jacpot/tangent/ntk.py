@@ -105,7 +105,6 @@ def ntk(
     source = JacobianSource(module, x1, mask, wrt, output, memory_budget=memory_budget // 4)
     n, k = n_examples(x1), source.n_outputs
     m = n if x2 is None else n_examples(x2, "x2")
-    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     per_pair = {"full": k * k, "trace": 1, "diagonal": k}[outputs]
     blocks = 1 + IN_FLIGHT if leaves_gpu(source.network.device, out) else 1
     sides = 1 if x2 is None else 2
@@ -120,6 +119,9 @@ def ntk(
             core.return_free_memory()
         return finish()
 
+    source.renew(x1)  # of a kernel that is written block by block the shape has to be right
+    k = source.n_outputs
+    shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     target = Target(out, shape, source.dtype, source.network.device)
     header: dict[str, object] = {"batch_size": step}
     if target.journal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.weak import WeakIdKeyDictionary
 
 from jacpot.tangent.backward import signals
-from jacpot.tangent.examplewise import Course, follow
+from jacpot.tangent.course import Course
+from jacpot.tangent.examplewise import follow
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, take, tensors
 from jacpot.tangent.recorder import Call, OwnDerivatives, Recorder
 
-__all__ = ["Probe", "probe", "stand_in"]
+__all__ = ["Probe", "forget", "probe", "stand_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +43,10 @@ class Probe:
     writes_input
         Whether the network writes to the very tensors that it is given.
     course
-        The steps that the network takes, where they are proof that it treats examples one by one;
+        The calls that the network makes, if it treats examples one by one by all that these tell;
         then the rows of uncovered parameters are those of their uses alone.
-    is_plain
-        Whether other examples need not be followed on that course.
+    remembered
+        Whether an earlier call found that out.
     differentiates
         Whether the network takes derivatives itself, so that rules say nothing of its weights.
     """
@@ -55,7 +58,7 @@ class Probe:
     reduces: bool
     writes_input: bool
     course: Course | None = None
-    is_plain: bool = False
+    remembered: bool = False
     differentiates: bool = False
 
     @property
@@ -70,10 +73,15 @@ def stand_in(x: Any, count: int) -> Any:
     return over_tensors(x, lambda tensor: tensor.new_zeros((count, *tensor.shape[1:])))
 
 
+# What was found last, by module. It is no proof, nor taken for one: a course says what calls to
+# expect of the run of the examples, all else how much memory that needs.
+_remembered: Any = WeakIdKeyDictionary()
+
+
 def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
     """Learn how the network uses its parameters and its batch.
 
-    A run of a few examples tells, unless the functions that the network calls are proof enough.
+    A run of a few examples tells, or what such a run found before.
 
     Parameters
     ----------
@@ -92,7 +100,31 @@ def probe(network: Network, x: Inputs, targets: Any = None) -> Probe:
     ValueError
         If an example's output depends on the other examples, or on chance.
     """
-    return _proven(network, x, targets) or _tried(network, x, targets)
+    layout = [
+        [(value.shape[first:], value.dtype, value.device) for value in values]
+        for values, first in ((tensors([x, targets]), 1), (network.parameters.values(), 0))
+    ]
+    known = [layout, list(network.parameters), _identity(network.output)]
+    last: tuple[Any, Probe] | None = _remembered.get(network.module)
+    if last is not None and last[0] == known and n_examples(x) > 1:  # one alone is not followed
+        return last[1]
+    found = _proven(network, x, targets) or _tried(network, x, targets)
+    if found.course is not None:
+        _remembered[network.module] = known, dataclasses.replace(found, remembered=True)
+    return found
+
+
+def forget(network: Network) -> None:
+    """Have the next `probe` look anew."""
+    _remembered.pop(network.module, None)
+
+
+def _identity(output: Any) -> Any:
+    """Give what equals that of the same output alone, and keeps no function alive."""
+    try:
+        return weakref.ref(output) if callable(output) else output
+    except TypeError:
+        return object()
 
 
 def _proven(network: Network, x: Inputs, targets: Any) -> Probe | None:
@@ -111,9 +143,7 @@ def _proven(network: Network, x: Inputs, targets: Any) -> Probe | None:
     )
     made = sum(value.numel() for value in follower.made.values()) * network.dtype.itemsize
     total = gathered.bytes_per_example + made
-    return dataclasses.replace(
-        gathered, course=follower.course, is_plain=follower.is_plain, bytes_per_example=total
-    )
+    return dataclasses.replace(gathered, course=follower.course, bytes_per_example=total)
 
 
 def _tried(network: Network, x: Inputs, targets: Any) -> Probe:

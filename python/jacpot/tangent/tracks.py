@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,10 +29,13 @@ __all__ = [
     "Axis",
     "Examples",
     "Place",
+    "Places",
+    "lead",
 ]
 
 Axis: TypeAlias = int | None
 Place: TypeAlias = tuple[int, int]  # the axis, and the rounds r
+Places: TypeAlias = list[Place | None]
 
 
 @dataclass(frozen=True)
@@ -316,6 +319,9 @@ FILLS: frozenset[Any] = frozenset(
     _of(_ANY, "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like")
 )
 
+# Functions that pick elements by indices.
+BY_VALUE: frozenset[Any] = frozenset(_of(_ANY, "__getitem__ index_select"))
+
 # Functions that must be known to be safe also where no examples are.
 NEEDS_CARE: frozenset[Any] = frozenset(_of([F], "dropout dropout1d dropout2d dropout3d"))
 
@@ -395,3 +401,54 @@ _TABLE: list[tuple[Track, list[Any]]] = [
     (_unknown, _of([Tensor], "__bool__ __int__ __float__ __index__ item tolist")),
 ]
 TRACKS = {function: track for track, functions in _TABLE for function in functions}
+
+# What functions lead to, by all that this depends on; forgotten when these are too many.
+_LED: dict[Any, Places] = {}
+MOST_LED = 1 << 14
+
+
+def lead(
+    examples: Examples,
+    function: Any,
+    form: Any,
+    operands: Sequence[Tensor],
+    taken: tuple[Place | None, ...],
+    result: Any,
+    given: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Places | None:
+    """Find where the examples are in what a call gave; None if it is not known.
+
+    Parameters
+    ----------
+    examples
+        How many there are, and where they are in the operands.
+    function, form, args, kwargs
+        The call, and what of its arguments are no tensors.
+    operands, taken
+        The tensors among the arguments, and where the examples are in them.
+    result, given
+        What it gave, and the tensors in that.
+    """
+    # indices lead to places by their values, all others by their shapes
+    key = None
+    if function not in BY_VALUE or len(operands) == 1:
+        shapes = tuple([x.shape for x in operands]), tuple([x.shape for x in given])
+        key = function, form, examples.n, taken, shapes
+        try:
+            if (known := _LED.get(key)) is not None:
+                return known
+        except TypeError:  # an argument that has no hash
+            key = None
+    found = TRACKS[function](examples, result, *args, **kwargs)
+    if isinstance(found, int):
+        rounds = {place[1] for place in taken if place is not None}
+        found = [(found, rounds.pop())] * len(given) if len(rounds) == 1 else None
+    if found is None or len(found) != len(given) or None in found:
+        return None
+    if key is not None:
+        if len(_LED) >= MOST_LED:
+            _LED.clear()
+        _LED[key] = found
+    return found
