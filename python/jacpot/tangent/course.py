@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacpot.tangent.tracks import Axis
+from jacpot.tangent.places import Axis
 
 __all__ = ["Course", "Deviates", "Step", "alike", "form_of"]
 

@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from jacpot.tangent.course import Course, Deviates, Step, alike, form_of
 from jacpot.tangent.local import local_rule, writes
 from jacpot.tangent.network import Inputs, Network, n_examples, over_tensors, tensors
+from jacpot.tangent.places import Examples, Place, Places
 from jacpot.tangent.recorder import Recorder
 from jacpot.tangent.rules import LayerRule
 from jacpot.tangent.tracks import (
@@ -32,9 +33,6 @@ from jacpot.tangent.tracks import (
     TELL_SHAPE,
     TRACKS,
     WEIGHT_PRODUCTS,
-    Examples,
-    Place,
-    Places,
     lead,
 )
 

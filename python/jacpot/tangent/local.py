@@ -16,8 +16,8 @@ from torch import Tensor
 
 from jacpot.tangent.backward import signals
 from jacpot.tangent.network import over_tensors
+from jacpot.tangent.places import Place
 from jacpot.tangent.rules import LayerRule, Rows, Term
-from jacpot.tangent.tracks import Place
 
 __all__ = ["example_major", "local_rule", "writes"]
 

@@ -1,24 +1,21 @@
 """Where the examples are in what a function gives, from where they are in what it takes.
 
-Examples are *along* an axis of a tensor if that axis has ``r n s`` entries, ``s`` in a row for each
-of the n examples, all of that ``r`` times, and no entry depends on other examples than its own. A
-track tells along which axis of a function's result they are; None where it does not know. Unless it
-says otherwise there are as many rounds r as in what the function took.
+A track tells along which axis of a function's result they are (see `places`); None where it does
+not know. Unless it says otherwise there are as many rounds as in what the function took.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacpot.tangent.network import over_tensors, tensors
+from jacpot.tangent.network import tensors
+from jacpot.tangent.places import Axis, Examples, Place, Places, moved
 
 __all__ = [
     "FILLS",
@@ -26,30 +23,8 @@ __all__ = [
     "TELL_SHAPE",
     "TRACKS",
     "WEIGHT_PRODUCTS",
-    "Axis",
-    "Examples",
-    "Place",
-    "Places",
     "lead",
 ]
-
-Axis: TypeAlias = int | None
-Place: TypeAlias = tuple[int, int]  # the axis, and the rounds r
-Places: TypeAlias = list[Place | None]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """How many there are, and where they are in a tensor; None for what is none of theirs."""
-
-    n: int
-    place: Callable[[Any], Place | None]
-
-    def axis(self, value: Any) -> Axis:
-        """The axis along which they are."""
-        place = self.place(value)
-        return None if place is None else place[0]
-
 
 # Called with a function's result and all its arguments. The axis, or a place in each tensor given.
 Track: TypeAlias = Callable[..., Axis | list[Place | None]]
@@ -76,60 +51,12 @@ def _elementwise(examples: Examples, result: Tensor, *args: Any, **kwargs: Any) 
     return _from_first(_shared(examples, tensors([*args, *kwargs.values()])), result)
 
 
-def _moved(function: Callable[..., Any], examples: Examples, *args: Any, **kwargs: Any) -> Any:
-    """Of functions that only move elements: move the examples' numbers, and look where they are."""
-    values = [*args, *kwargs.values()]
-    if not any(examples.axis(x) is not None and x.numel() for x in tensors(values)):
-        return None
-    labels = over_tensors(values, lambda x: _labels(examples, x))
-    given = function(*labels[: len(args)], **dict(zip(kwargs, labels[len(args) :], strict=True)))
-    return [_along(x, examples.n) for x in tensors(given)]
-
-
-def _labels(examples: Examples, x: Tensor) -> Tensor:
-    place = examples.place(x)
-    if place is None:
-        return x.new_full((), -1, dtype=torch.int64).expand(x.shape)
-    return _numbers(examples.n, x.shape[place[0]], place, x.ndim, x.device).expand(x.shape)
-
-
-def _numbers(n: int, size: int, place: Place, ndim: int, device: torch.device) -> Tensor:
-    """The examples' numbers along their axis: ``size`` entries, and one along all other axes."""
-    axis, rounds = place
-    line = _line if size <= 4096 else _line.__wrapped__  # keep short ones only
-    return line(n, size, rounds, device).view(*(-1 if a == axis else 1 for a in range(ndim)))
-
-
-@functools.lru_cache(64)
-def _line(n: int, size: int, rounds: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device).repeat_interleave(size // (n * rounds)).repeat(rounds)
-
-
-def _along(labels: Tensor, n: int) -> Place | None:
-    """Where these are the numbers of the examples."""
-    if labels.numel() == 0:
-        return None
-    # most often labels are views with a single axis that has a stride
-    varies = [s != 0 and m > 1 for s, m in zip(labels.stride(), labels.shape, strict=True)]
-    for axis, size in enumerate(labels.shape):
-        line = labels[tuple(slice(None) if a == axis else 0 for a in range(labels.ndim))]
-        in_a_row = int((line != 0).int().argmax())  # until the second example
-        if in_a_row == 0 or size % (n * in_a_row):
-            continue
-        place = axis, size // (n * in_a_row)
-        expected = _numbers(n, size, place, labels.ndim, labels.device)
-        rest = [slice(None) if v or a == axis else slice(1) for a, v in enumerate(varies)]
-        if bool((labels[tuple(rest)] == expected).all()):
-            return place
-    return None
-
-
 def _indexed(function: Callable[..., Any], examples: Examples, x: Any, *args: Any) -> Any:
     """Of functions that pick elements by indices: by those that are the same for all examples."""
     indices = tensors(args)
     if any(examples.axis(i) is not None or i.dtype != torch.int64 for i in indices):
         return None
-    return _moved(lambda labels: function(labels, *args), examples, x)
+    return moved(lambda labels: function(labels, *args), examples, x)
 
 
 def _picker(function: Callable[..., Any]) -> Track:
@@ -336,7 +263,7 @@ _AS_MOVES = {Tensor.view: Tensor.reshape}  # labels have no strides that a view 
 
 def _mover(function: Callable[..., Any]) -> Track:
     mover: Any = _AS_MOVES.get(function, function)
-    return lambda examples, _, *args, **kwargs: _moved(mover, examples, *args, **kwargs)
+    return lambda examples, _, *args, **kwargs: moved(mover, examples, *args, **kwargs)
 
 
 _TABLE: list[tuple[Track, list[Any]]] = [
