@@ -53,3 +53,19 @@ def test_is_proven_to_take_examples_one_by_one(name):
     with recording():
         course = probe(Network(net), x).course
     assert (course is None) == (name in NOT_PROVEN)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no layer rule", "ignore:.*jit")
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"prototypes"}))
+def test_linearized(name):  # torch.cdist has neither a forward mode nor second derivatives
+    net, x = build(name)
+    J, lin = jacpot.jacobian(net, x), jacpot.linearize(net)
+    lin.set_delta({key: torch.randn_like(value) for key, value in lin.delta.items()})
+    outputs = lin(x).reshape(J.outputs.shape)
+    assert relative_error(outputs.detach(), J.outputs + J @ lin.delta) < 1e-10
+    u = torch.randn_like(outputs)
+    (outputs * u).sum().backward()
+    gradient = {key: lin.deltas[key.replace(".", "/")].grad for key in lin.delta}
+    assert relative_error(J.flatten(gradient), J.T @ u) < 1e-10
+    with torch.inference_mode():
+        assert relative_error(lin(x).reshape(outputs.shape), outputs.clone()) < 1e-10

@@ -144,3 +144,56 @@ def test_each_example_may_take_its_own_way():
         expected = torch.cat([by_autograd(masked, row[None]) for row in x])[:, :, kept]
         torch.testing.assert_close(J.dense(), expected)
         torch.testing.assert_close(J.gram(), torch.einsum("nkp,mlp->nkml", expected, expected))
+
+
+class Nothing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x)[:, :0]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_a_network_without_outputs_has_an_empty_jacobian(n):
+    net, x = Nothing(), torch.randn(n, 4)
+    mask = {"layer.weight": torch.rand(3, 4) < 0.5}
+    for given in (None, mask):
+        J = jacpot.jacobian(net, x, mask=given)
+        p = J.n_parameters
+        assert J.dense().shape == (n, 0, p)
+        assert (J @ torch.ones(p)).shape == (n, 0)
+        assert torch.equal(J.T @ torch.ones(n, 0), torch.zeros(p))
+        assert torch.equal(J.gram(outputs="trace"), torch.zeros(n, n))
+        assert jacpot.ntk(net, x, mask=given, batch_size=2).shape == (n, 0, n, 0)
+        assert jacpot.ntk(net, x, mask=given, outputs="diagonal").shape == (n, n, 0)
+        lin = jacpot.linearize(net, given)
+        for loss in ("mse", "huber"):
+            assert lin.fit(x, torch.ones(n, 0), loss, ridge=0.1).converged
+        assert not any(value.any() for value in lin.delta.values())
+        assert lin(x).shape == (n, 0)
+    assert jacpot.gauss_newton(net, x, torch.ones(n, 0)).steps == 0
+    with pytest.raises(ValueError, match="'ridge' must be a number where there are no"):
+        lin.fit(x, torch.ones(n, 0), ridge="loo")
+
+
+def test_a_network_without_values_is_refused():
+    with pytest.raises(ValueError, match=r"Linear \(at '0'\) are on the meta device"):
+        jacpot.jacobian(nn.Sequential(nn.Linear(4, 3)).to("meta"), torch.randn(5, 4))
+
+
+class Unmoved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return x
+
+
+def test_training_what_the_outputs_do_not_depend_on_ends_at_once():
+    net, x = Unmoved(), torch.randn(5, 4)
+    result = jacpot.gauss_newton(net, x, torch.zeros(5, 4))
+    assert result.steps == 0
+    assert result.gradient_norm == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from jacpot.nn.masked import MaskedConv2d, MaskedLinear
 from jacpot.nn.sparse import SparseConv2d, SparseLinear, zero_padding
+from jacpot.nn.stand_ins import copy_of
 from jacpot.nn.worn import checked_mask, named_parameters, owners
 
 __all__ = ["can_be_sparse", "sparsify"]
@@ -63,7 +63,7 @@ def sparsify(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> nn.
             for name, layer in module.named_modules()
             if isinstance(layer, (MaskedLinear, MaskedConv2d))
         }
-    result = copy.deepcopy(module)
+    result = copy_of(module)
     parameters = named_parameters(result)
     for name, kept in checked_mask(result, mask).items():
         values: nn.Parameter | None = None

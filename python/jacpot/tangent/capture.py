@@ -115,6 +115,9 @@ def capture(
     """
     _announce(network, probed)
     n = n_examples(x)
+    if probed.n_outputs == 0:
+        yield Captured(torch.empty(n, 0, dtype=network.dtype, device=network.device), {})
+        return
     copies = sum(network.parameters[name].numel() for name in probed.uncovered)
     per_example = 2 * (probed.bytes_per_example + copies * network.dtype.itemsize)
     step = max(1, memory_budget // max(1, probed.n_outputs * per_example))

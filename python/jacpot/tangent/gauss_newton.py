@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from jacpot.linalg import Status
+from jacpot.nn.stand_ins import call_with
 from jacpot.nn.worn import merged_mask, plain_parameters
 from jacpot.tangent.batches import Batches
 from jacpot.tangent.jacobian import jacobian
@@ -272,9 +272,11 @@ class _Objective:
             outputs = self._outputs({**self.weights, **weights}, x)
             f = outputs.detach().double()
             pull = (self.loss.gradient(f, y) / n).to(outputs.dtype)
-            slopes = torch.autograd.grad(
-                outputs, list(weights.values()), pull, materialize_grads=True
-            )
+            slopes = tuple(map(torch.zeros_like, weights.values()))
+            if outputs.requires_grad:
+                slopes = torch.autograd.grad(
+                    outputs, list(weights.values()), pull, materialize_grads=True
+                )
         gradient = dict(zip(weights, slopes, strict=True))
         value = float(self.loss.value(f, y).mean())
         return QuadraticModel(columns, root, gradient, value, generator)
@@ -295,7 +297,7 @@ class _Objective:
 
     def _outputs(self, weights: Mapping[str, Tensor], x: Inputs) -> Tensor:
         own = {self._own[name][0]: weight for name, weight in weights.items()}
-        part = part_of(functional_call(self.module, own, *arguments(x)), self.output)
+        part = part_of(call_with(self.module, own, *arguments(x)), self.output)
         return part.reshape(len(part), -1)
 
 

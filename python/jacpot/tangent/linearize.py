@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import importlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 
 from jacpot.linalg import Interrupted, Solution
 from jacpot.linalg.arguments import check_limits, check_number
+from jacpot.nn.stand_ins import call_with, copy_of
 from jacpot.nn.worn import checked_mask, merged_mask, plain_parameters
+from jacpot.tangent.directional import along, load_forward_mode
 from jacpot.tangent.fit import Fit
 from jacpot.tangent.jacobian import jacobian
 from jacpot.tangent.losses import Loss
@@ -73,8 +71,8 @@ class LinearizedModule(nn.Module):
         refuse_batch_dependence(module)
         self.output = output
         with torch.inference_mode(False):
-            self._expand(copy.deepcopy(module), mask)
-        _load_forward_mode()
+            self._expand(copy_of(module), mask)
+        load_forward_mode()
 
     def _expand(self, base: nn.Module, mask: Mapping[str, Tensor] | None) -> None:
         every = plain_parameters(base)
@@ -158,7 +156,7 @@ class LinearizedModule(nn.Module):
         """
         mask = checked_mask(self.base, state["mask"])
         # Loading copies what fits and then raises, so that it is tried on a copy first.
-        copy.deepcopy(self.base).load_state_dict(state["base"])
+        copy_of(self.base).load_state_dict(state["base"])
         self.base.load_state_dict(state["base"])
         self.mask = mask
 
@@ -166,13 +164,14 @@ class LinearizedModule(nn.Module):
         """Evaluate the linearized network; differentiable in Δ."""
         change = {self._names[name]: value for name, value in self._displacement().items()}
 
-        def outputs(parameters: dict[str, Tensor]) -> Any:
-            return part_of(functional_call(self.base, parameters, *arguments(x)), self.output)
+        def outputs(parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
+            return part_of(call_with(self.base, parameters, *arguments(x)), self.output)
 
         # One at a time, as other tensors are in the place of the base's parameters.
         with one_at_a_time, plain_attention():
-            point = {own: self.base.get_parameter(own).detach() for own in self._names.values()}
-            value, derivative = jvp(outputs, (point,), (change,))  # type: ignore[misc]
+            every = plain_parameters(self.base)
+            point = {own: every[name][1].detach() for name, own in self._names.items()}
+            value, derivative = along(outputs, point, change, x)
             result: Tensor = value + derivative
         return result
 
@@ -339,12 +338,3 @@ def linearize(
     True
     """
     return LinearizedModule(module, mask, output)
-
-
-@functools.cache
-def _load_forward_mode() -> None:
-    # The first jvp of a process loads a module that uses torch.jit.script, which warns.
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):  # which, depends on the version
-            warnings.simplefilter("ignore", category)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")

@@ -14,6 +14,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
+from jacpot.nn.stand_ins import call_with
 from jacpot.nn.worn import merged_mask, plain_parameters
 
 __all__ = [
@@ -68,11 +69,7 @@ def n_examples(x: Inputs, name: str = "x") -> int:
     ValueError
         If the leading axes differ or there is none.
     """
-    if not isinstance(x, Tensor | Mapping | Sequence) or isinstance(x, str):
-        raise TypeError(
-            f"argument {name!r} must be a torch.Tensor, or a sequence or mapping of them for a "
-            f"module of several inputs, got {type(x).__name__}"
-        )
+    arguments(x, name)
     found = tensors(x)
     if not found:
         raise TypeError(f"argument {name!r} must hold at least one torch.Tensor, got {x!r}")
@@ -95,11 +92,24 @@ def take(x: Any, index: slice | Tensor) -> Any:
     return over_tensors(x, part)
 
 
-def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments to call a module of one or several inputs with."""
+def arguments(x: Inputs, name: str = "x") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments to call a module of one or several inputs with.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a tensor nor a sequence or mapping.
+    """
+    if isinstance(x, Tensor):
+        return (x,), {}
     if isinstance(x, Mapping):
         return (), dict(x)
-    return ((x,) if isinstance(x, Tensor) else tuple(x)), {}
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        return tuple(x), {}
+    raise TypeError(
+        f"argument {name!r} must be a torch.Tensor, or a sequence or mapping of them for a "
+        f"module of several inputs, got {type(x).__name__}"
+    )
 
 
 def part_of(result: Any, output: Output | None, targets: Any = None) -> Tensor:
@@ -142,7 +152,7 @@ class Network:
     parameters
         By name those that require gradients, masked and detached: the columns of the Jacobian.
     state
-        By name all parameters, masked and detached, and copies of the buffers.
+        By name all parameters, masked and detached.
     output_shape
         Shape of one example's output, from when the network is first called.
 
@@ -204,11 +214,10 @@ class Network:
 
         Gradients are recorded whatever the caller's mode, and autocast is off.
         """
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         values = {**self.state, **(parameters or {})}
-        state = {**buffers, **{self._own_names[name]: value for name, value in values.items()}}
+        own = {self._own_names[name]: value for name, value in values.items()}
         with self._eagerly():  # what is compiled shows none of the functions that it calls
-            result = torch.func.functional_call(self.module, state, *arguments(x))
+            result = call_with(self.module, own, *arguments(x))
         result = part_of(result, self.output, targets)
         if not result.is_floating_point():
             raise TypeError(f"the module's output must be floating point, got {result.dtype}")
@@ -283,6 +292,12 @@ def refuse_wrappers(module: nn.Module) -> None:
             raise ValueError(
                 f"argument 'module' must have all its parameters, but those of {kind}{where} get "
                 "their shape when it is first called: call the module once"
+            )
+        if any(p.is_meta for p in layer.parameters(recurse=False)):
+            raise ValueError(
+                f"argument 'module' must have all its parameters, but those of {kind}{where} are "
+                "on the meta device, where there are no values: give it some, as by "
+                "module.to_empty(device='cpu') and load_state_dict"
             )
 
 

@@ -182,7 +182,7 @@ def _batch_size(
     source: JacobianSource, x: Inputs, n: int, per_pair: int, budget: int, sides: int
 ) -> int:
     """Examples of which two blocks' factors, and the block of the kernel, fit the budget."""
-    pairs = math.isqrt(budget // (4 * per_pair * source.dtype.itemsize))
+    pairs = math.isqrt(budget // max(1, 4 * per_pair * source.dtype.itemsize))
     few = budget // (8 * max(1, source.n_outputs * source.probe.bytes_per_example))
     if n > few:  # too many for a guess: measure
         each = max(1, source(x, slice(1)).nbytes)

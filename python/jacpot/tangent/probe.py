@@ -168,7 +168,7 @@ def _tried(network: Network, x: Inputs, targets: Any) -> Probe:
         outputs = network(own, own_targets)
     k = outputs.shape[1]
     if k == 0:
-        raise ValueError("the module's output must have at least one element per example, got none")
+        return Probe(0, [], [], 0, False, False)
     for row in (0, size - 1):  # the first and the last again, with none of the others
         again = network(*batch([row] * size))
         _check_alone(outputs[row].detach(), again[row].detach())

@@ -44,6 +44,8 @@ def choose_ridge(
     """
     if problem.loss != "mse":
         raise ValueError("argument 'ridge' must be a number for losses other than 'mse'")
+    if problem.residual.numel() == 0:
+        raise ValueError("argument 'ridge' must be a number where there are no examples or outputs")
     spectrum = Spectrum(problem.jacobian, problem.residual.reshape(-1))
     if criterion in ("gcv", "loo", "evidence"):
         return spectrum.best(criterion, ridges, problem.jacobian.n_outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets._random import seeded
 from jacpot.tickets.parametrization import bake
 
@@ -109,7 +109,7 @@ def barrier(
     """
     if steps < 2:
         raise ValueError(f"argument 'steps' must be at least 2, got {steps}")
-    network, other = (bake(copy.deepcopy(end)) for end in (a, b))
+    network, other = (bake(copy_of(end)) for end in (a, b))
     first, second = ({n: v.clone() for n, v in e.state_dict().items()} for e in (network, other))
     shapes = [{name: value.shape for name, value in state.items()} for state in (first, second)]
     if shapes[0] != shapes[1]:
@@ -178,7 +178,7 @@ def stability(
     >>> tickets.stability(torch.nn.Linear(2, 1), train, lambda net: 1.0).height
     0.0
     """
-    first, second = copy.deepcopy(module), copy.deepcopy(module)
+    first, second = copy_of(module), copy_of(module)
     for seed, network in zip(seeds, (first, second), strict=True):
         with seeded(seed), torch.enable_grad():
             train(network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets._files import read_tensors, write_atomically, write_tensors
 from jacpot.tickets._random import seeded
 from jacpot.tickets.mask import Mask, chosen_mask
@@ -134,7 +134,7 @@ def imp(
     """
     _check(rounds, prune_fraction, rewind, layer_fractions, scope)
     first = chosen_mask(module, mask)
-    apply(copy.deepcopy(module), first)  # what cannot wear it is refused before anything is trained
+    apply(copy_of(module), first)  # what cannot wear it is refused before anything is trained
     for name in layer_fractions or {}:
         if name not in first:
             raise ValueError(f"argument 'layer_fractions': {name!r} is not among {list(first)}")
@@ -195,7 +195,7 @@ def _round(
     score: Score,
     allow_empty: bool,
 ) -> Round:
-    network = copy.deepcopy(found.start)
+    network = copy_of(found.start)
     mask = first
     if index > 0:
         last = found.rounds[-1]
@@ -207,7 +207,7 @@ def _round(
             allow_empty=allow_empty,
         )
         if rewind != "learning-rate":
-            network = copy.deepcopy(found.start)
+            network = copy_of(found.start)
     apply(network, mask)
     with seeded(seed, index + 1):
         span = (rewind, None) if isinstance(rewind, int) else ()
@@ -230,7 +230,7 @@ def _start(
     module: nn.Module, train: Train, rewind: int | str, seed: int, store: Path | None
 ) -> nn.Module:
     """The network that tickets start from: a copy, which nothing trains after this."""
-    start = copy.deepcopy(module)
+    start = copy_of(module)
     path = None if store is None else store / "start.safetensors"
     if path is not None and path.exists():
         start.load_state_dict(read_tensors(path)[0])

@@ -6,11 +6,12 @@ number is a sum of distinct powers of two, so some choice of edges weighs exactl
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
 from torch import Tensor, nn
+
+from jacpot.nn.stand_ins import copy_of
 
 __all__ = ["MultigraphLinear", "multigraph", "powers_of_two"]
 
@@ -134,7 +135,7 @@ def multigraph(module: nn.Module, bits: int | None = None) -> nn.Module:
         raise ValueError(f"argument 'bits' must be at least 1, got {bits}")
     if isinstance(module, nn.Linear):
         return MultigraphLinear(module, bits)
-    result = copy.deepcopy(module)
+    result = copy_of(module)
     for name, child in list(result.named_modules()):
         if isinstance(child, nn.Linear):
             path, _, leaf = name.rpartition(".")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets._random import seeded
 from jacpot.tickets.mask import Mask
 from jacpot.tickets.parametrization import apply
@@ -86,7 +86,7 @@ def plant(
     (3, torch.Size([50, 1]))
     """
     mask = prune(random(module, seed), density, "layer")
-    teacher = copy.deepcopy(module).eval()
+    teacher = copy_of(module).eval()
     with seeded(seed, 1), torch.no_grad():
         for name in mask:
             teacher.get_parameter(name).mul_(scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets.mask import Mask, chosen_mask
 from jacpot.tickets.parametrization import remove
 from jacpot.tickets.score._functional import call, preserved, refuse_indices
@@ -117,7 +117,7 @@ def inspect(module: nn.Module, mask: Mapping[str, Tensor], x: Tensor) -> PathRep
     """
     refuse_indices(module, x)
     kept = chosen_mask(module, mask)
-    network = remove(copy.deepcopy(module))
+    network = remove(copy_of(module))
     statistics = {
         f"{path}.{leaf}" if path else leaf
         for path, child in network.named_modules()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets._files import read_tensors, write_tensors
 from jacpot.tickets.mask import Mask
 from jacpot.tickets.parametrization import apply
@@ -124,11 +124,11 @@ class Tickets:
 
     def ticket(self, index: int = -1) -> nn.Module:
         """A copy of ``start`` that wears the mask of a round: the ticket before training."""
-        return apply(copy.deepcopy(self.start), self.rounds[index].mask)
+        return apply(copy_of(self.start), self.rounds[index].mask)
 
     def trained(self, index: int = -1) -> nn.Module:
         """A copy with the trained weights of a round, wearing its mask."""
-        network = copy.deepcopy(self.start)
+        network = copy_of(self.start)
         network.load_state_dict(self.rounds[index].state)
         return apply(network, self.rounds[index].mask)
 

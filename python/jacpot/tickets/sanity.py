@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets._random import seeded
 from jacpot.tickets.mask import Mask, chosen_mask
 from jacpot.tickets.parametrization import applied_mask, apply, remove
@@ -50,7 +50,7 @@ def reinitialise(module: M, seed: int = 0) -> M:
     False
     """
     mask = applied_mask(module)
-    fresh = remove(copy.deepcopy(module))
+    fresh = remove(copy_of(module))
     with seeded(seed), torch.no_grad():
         for name, child in fresh.named_modules():
             if callable(reset := getattr(child, "reset_parameters", None)):
@@ -141,5 +141,5 @@ def sanity_checks(
     results = {}
     for name, (start, kept) in candidates.items():
         with seeded(seed):
-            results[name] = train(apply(copy.deepcopy(start), kept))
+            results[name] = train(apply(copy_of(start), kept))
     return results

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from jacpot.nn.sparsify import can_be_sparse
 from jacpot.nn.sparsify import sparsify as to_sparse_layers
+from jacpot.nn.stand_ins import copy_of
 from jacpot.nn.worn import checked_mask, named_parameters, owners
 from jacpot.tickets.parametrization import applied_mask, apply, remove
 
@@ -48,7 +48,7 @@ def sparsify(
     True
     """
     kept = applied_mask(module) if mask is None else checked_mask(module, mask)
-    network = remove(copy.deepcopy(module))
+    network = remove(copy_of(module))
     parameters = named_parameters(network)
     sparse: dict[str, Tensor] = {}
     worn: dict[str, Tensor] = {}

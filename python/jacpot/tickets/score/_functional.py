@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from jacpot.nn.stand_ins import call_with
 from jacpot.nn.worn import named_parameters, plain_parameters
 from jacpot.tickets.mask import chosen_mask
 
@@ -40,7 +40,7 @@ def call(
         tensors[own] = scored[name] if name in scored else _other(name, parameter.detach(), others)
     for key, buffer in module.named_buffers():
         tensors[key] = _other(key, buffer.detach().clone(), others)
-    output = functional_call(module, tensors, (x,))
+    output = call_with(module, tensors, (x,))
     if not isinstance(output, Tensor):
         raise TypeError(f"argument 'module' must return one tensor, got {type(output).__name__}")
     return output

@@ -6,13 +6,13 @@ parameter ``p``, so its trace, its alignment with labels and its norm split into
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.nn.worn import named_parameters
 from jacpot.tangent import Jacobian, jacobian
 from jacpot.tickets.mask import Mask, chosen_mask
@@ -30,7 +30,7 @@ def scored_jacobian(
 ) -> tuple[Jacobian, Mask]:
     """The Jacobian by the scored parameters alone, in eval mode, at the masked weights."""
     chosen = chosen_mask(module, mask)
-    network = remove(copy.deepcopy(module)).eval()  # scoring leaves no trace on the module
+    network = remove(copy_of(module)).eval()  # scoring leaves no trace on the module
     for name, parameter in named_parameters(network).items():
         parameter.requires_grad_(name in chosen)
     return jacobian(network, x, mask=chosen), chosen

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.nn.worn import named_parameters, owners
 from jacpot.tickets._parametrize import parametrizations, refuse_another, register, unregister
 from jacpot.tickets._random import seeded
@@ -63,7 +63,7 @@ class Supermask(nn.Module):
         try:
             with torch.no_grad():
                 state = {name: _value(self.network, name).clone() for name in self._selectors}
-                plain = copy.deepcopy(self.network)
+                plain = copy_of(self.network)
         finally:
             self.train(was_training)
         for child in list(plain.modules()):
@@ -153,7 +153,7 @@ def supermask(
     if len(applied_mask(module)):
         raise ValueError("argument 'module' wears a mask already; bake or remove it first")
     chosen = chosen_mask(module, mask)
-    network = copy.deepcopy(module).requires_grad_(False)
+    network = copy_of(module).requires_grad_(False)
     parameters = named_parameters(network)
     selectors: dict[str, Selector] = {}
     with seeded(seed), torch.no_grad():

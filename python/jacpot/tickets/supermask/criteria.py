@@ -5,13 +5,13 @@ Zhou et al. 2019, *Deconstructing lottery tickets: zeros, signs, and the superma
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from jacpot.nn.stand_ins import copy_of
 from jacpot.nn.worn import named_parameters
 from jacpot.tickets._random import seeded
 from jacpot.tickets.mask import chosen_mask
@@ -121,7 +121,7 @@ def rebuild(
     if pruned not in ("zero", "initial", "mean"):
         raise ValueError(f"argument 'pruned' must be 'zero', 'initial' or 'mean', got {pruned!r}")
     chosen = chosen_mask(initial, mask)
-    result = copy.deepcopy(initial)
+    result = copy_of(initial)
     parameters = named_parameters(result)
     fresh = named_parameters(reinitialise(initial, seed)) if kept == "reinitialised" else {}
     generator = torch.Generator().manual_seed(seed)
