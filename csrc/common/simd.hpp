@@ -29,7 +29,7 @@ struct Simd {
 
   static JACPOT_INLINE Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static JACPOT_INLINE void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  // The first n < width elements, and zeros; memory beyond is not touched.
+  // The first n <= width elements, and zeros; memory beyond is not touched.
   static JACPOT_INLINE Vec load_first(const T* p, std::int64_t n) {
 #if JACPOT_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 
 #include "common/blas.hpp"
 #include "common/huge_pages.hpp"
@@ -53,6 +54,23 @@ void constant_products(const GramLayer<T>& layer, const GramFactors<T>& right, s
     }
 }
 
+// What packing finds out about the signals of a layer.
+struct Census {
+  std::atomic<std::int64_t> active{0}, all{0};  // units, of all rows and slices
+  std::atomic<bool> finite{true};
+};
+
+// Whether products over the active units alone pay. To gather one of them costs about as much as
+// two products of vectors, and serves all columns of a tile; where all are active, register tiles
+// of one row's outputs take some hundredths longer than full ones.
+template <class T>
+bool skipping_pays(const Census& found, const GramPlan<T>& plan, const GramKernels<T>& kernel) {
+  const std::int64_t panels = ceil_div(std::min(plan.m, kernel.panel) * plan.slice, kernel.panel);
+  const auto products = static_cast<double>(plan.slice * panels * kernel.vectors);
+  return static_cast<double>(found.active) * (products + 2) <
+         0.95 * products * static_cast<double>(found.all);
+}
+
 // Copies the factors of one side into groups.
 template <class T>
 struct Packer {
@@ -63,7 +81,8 @@ struct Packer {
   const std::vector<T*>& groups;
 
   // A group's activations, or the signals of one slice of its outputs.
-  void run(const PackedLayer<T>& layer, const GramFactors<T>& side, std::int64_t task) const {
+  void run(const PackedLayer<T>& layer, const GramFactors<T>& side, std::int64_t task,
+           Census& census) const {
     const auto count = static_cast<std::int64_t>(groups.size());
     const std::int64_t group = task % count, slice = task / count - 1;
     const std::int64_t panel = kernel.panel, first = group * panel;
@@ -99,6 +118,35 @@ struct Packer {
           if (rows[r]) rows[r] += side.signals_output;
       }
     }
+    if (slice < 0 || plan.slice == 1) return;
+    std::int64_t active = 0;
+    bool finite = true;
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      for (std::int64_t j = 0; j < outputs; ++j)
+        rows[j] = side.signals + (first + unit / layer.positions) * side.signals_example +
+                  (slice * plan.slice + j) * side.signals_output +
+                  unit % layer.positions * side.signals_position;
+      active += kernel.list_active(rows, outputs, width, list(layer, group, slice, unit), &finite);
+    }
+    census.active += active;
+    census.all += units * width;
+    if (!finite) census.finite = false;
+  }
+
+  std::int32_t* list(const PackedLayer<T>& layer, std::int64_t group, std::int64_t slice,
+                     std::int64_t unit) const {
+    return reinterpret_cast<std::int32_t*>(groups[static_cast<std::size_t>(group)] + layer.active) +
+           (slice * kernel.panel * layer.positions + unit) * layer.list;
+  }
+
+  // Lists of all units.
+  void list_all(const PackedLayer<T>& layer, std::int64_t group) const {
+    for (std::int64_t slice = 0; slice < plan.slices; ++slice)
+      for (std::int64_t unit = 0; unit < kernel.panel * layer.positions; ++unit) {
+        std::int32_t* to = list(layer, group, slice, unit);
+        std::iota(to, to + layer.inner, 0);
+        to[layer.inner] = INT32_MAX;
+      }
   }
 };
 
@@ -179,6 +227,13 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
       packed.signals = size;
       packed.signals_slice = layer.positions * plan.slice * packed.inner * panel;
       size += plan.slices * packed.signals_slice;
+      packed.active = size;
+      packed.list = packed.inner + 1;
+      if (plan.slice > 1)
+        size += ceil_div(plan.slices * layer.positions * panel * packed.list *
+                             static_cast<std::int64_t>(sizeof(std::int32_t)),
+                         static_cast<std::int64_t>(scratch_alignment)) *
+                static_cast<std::int64_t>(scratch_alignment / sizeof(T));
     }
     layers_.push_back(packed);
   }
@@ -187,17 +242,27 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
 
   advise_huge_pages(plan.out, static_cast<std::size_t>(n * plan.row_example) * sizeof(T));
   if (!place_groups(size)) return no_memory;
-  for (const bool is_left : {true, false}) {
-    if (!is_left && symmetric) break;
-    const std::vector<T*>& groups = is_left ? left_ : right_;
-    const Packer<T> packer{*kernel_, plan, is_left ? n : m, k, trace, groups};
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const std::int64_t parts = 1 + (layers_[i].constant ? 0 : plan.slices);
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    PackedLayer<T>& layer = layers_[i];
+    Census census[2];
+    for (const bool is_left : {true, false}) {
+      if (!is_left && symmetric) break;
+      const std::vector<T*>& groups = is_left ? left_ : right_;
+      const Packer<T> packer{*kernel_, plan, is_left ? n : m, k, trace, groups};
+      const std::int64_t parts = 1 + (layer.constant ? 0 : plan.slices);
       parallel_for(threads, parts * static_cast<std::int64_t>(groups.size()),
-                   [&, i](std::int64_t task) {
-                     packer.run(layers_[i], is_left ? layers[i].left : layers[i].right, task);
+                   [&](std::int64_t task) {
+                     packer.run(layer, is_left ? layers[i].left : layers[i].right, task,
+                                census[is_left ? 0 : 1]);
                    });
     }
+    // Of zeros times inf or nan, which are nan, none may be left out.
+    const bool finite = census[symmetric ? 0 : 1].finite;
+    layer.skips_zeros = plan.slice > 1 && finite && skipping_pays(census[0], plan, *kernel_);
+    if (!finite && layer.row_offsets)
+      for (std::size_t group = 0; group < left_.size(); ++group)
+        Packer<T>{*kernel_, plan, n, k, trace, left_}.list_all(layer,
+                                                               static_cast<std::int64_t>(group));
   }
   return {};
 }

@@ -1,31 +1,31 @@
 #include "common/simd.hpp"
 #include "jacobian/gram.hpp"
+#include "jacobian/gram_active.hpp"
+#include "jacobian/gram_masked.hpp"
 #include "jacobian/gram_panels.hpp"
 #include "jacobian/transpose.hpp"
 
 namespace jacpot::JACPOT_ISA {
 namespace {
 
-// Output units of a masked layer whose activations' products are held.
-constexpr int unit_block = 64;
-
 template <class T>
 struct Gram {
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Accumulator = typename Panels<T>::Accumulator;
+  using Signals = PackedSignals<T>;
+  using Place = GramPlace<T>;
   static constexpr int width = Panels<T>::width, vectors = Panels<T>::vectors,
                        panel = Panels<T>::panel, block = Panels<T>::block;
-  // Inner indices whose columns, and the rows that pass by, stay in L1 together.
-  static constexpr std::int64_t segment =
-      (24 << 10) / (panel * static_cast<std::int64_t>(sizeof(T)));
 
   const GramPlan<T>& plan;
   const GramTile& tile;
   std::int64_t row_slice, column_slice;  // outputs in the tile's slices
   std::int64_t rows, columns;            // examples
   std::int64_t stride;                   // of a row of z
-  T *z, *partial, *flipped, *products, *spread, *units, *unit_signals;
+  T *z, *partial, *flipped, *products, *spread;
+  ActiveSignals<T> active;
+  MaskedUnits<T> masked;
 
   static std::int64_t stride_of(const GramPlan<T>& p) { return panel * p.slice + width; }
   static std::int64_t size_of_z(const GramPlan<T>& p) { return p.chunk * p.slice * stride_of(p); }
@@ -35,54 +35,34 @@ struct Gram {
 
   static std::int64_t scratch(const GramPlan<T>& p) {
     return p.pairs * size_of_z(p) * 2 + size_of_flipped(p) + block * (panel + panel * p.slice) +
-           unit_block * block * (panel + p.slice) + 8 * width;
+           ActiveSignals<T>::scratch(p.slice) + MaskedUnits<T>::scratch(p.slice);
   }
 
-  Gram(const GramPlan<T>& p, const GramTile& t, T* memory) : plan(p), tile(t) {
-    row_slice = min(p.slice, p.width - t.left_slice * p.slice);
-    column_slice = min(p.slice, p.width - t.right_slice * p.slice);
-    rows = min(min(p.chunk, panel - t.first), p.n - t.group * panel - t.first);
-    columns = min(panel, p.m - t.columns * panel);
-    stride = stride_of(p);
-    z = memory;
-    partial = z + p.pairs * size_of_z(p);
-    flipped = partial + p.pairs * size_of_z(p);
-    products = flipped + size_of_flipped(p);
-    spread = products + block * panel;
-    unit_signals = spread + block * panel * p.slice;
-    units = unit_signals + unit_block * block * p.slice;  // may be read a vector beyond its end
-  }
+  Gram(const GramPlan<T>& p, const GramTile& t, T* memory)
+      : plan(p),
+        tile(t),
+        row_slice(min(p.slice, p.width - t.left_slice * p.slice)),
+        column_slice(min(p.slice, p.width - t.right_slice * p.slice)),
+        rows(min(min(p.chunk, panel - t.first), p.n - t.group * panel - t.first)),
+        columns(min(panel, p.m - t.columns * panel)),
+        stride(stride_of(p)),
+        z(memory),
+        partial(z + p.pairs * size_of_z(p)),
+        flipped(partial + p.pairs * size_of_z(p)),
+        products(flipped + size_of_flipped(p)),
+        spread(products + block * panel),
+        active{row_slice, spread + block * panel * p.slice},
+        masked(row_slice, column_slice, stride, active.values + active.scratch(p.slice)) {}
 
-  static JACPOT_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-  // Where a row (unit, output) of a block belongs in z, and its unit's activations' products.
-  struct Line {
-    std::int64_t z, a;
-  };
-  Line line_of[block * gram_max_slice];
+  // Of the rows (unit, output) of a block.
+  typename Panels<T>::Line line_of[block * gram_max_slice];
 
   void find_lines(std::int64_t unit, std::int64_t count, std::int64_t positions) {
-    Line* line = line_of;
+    auto* line = line_of;
     for (std::int64_t r = 0; r < count; ++r)
       for (std::int64_t k = 0; k < row_slice; ++k)
         *line++ = {(((unit + r) / positions - tile.first) * row_slice + k) * stride,
                    r * panel * column_slice};
-  }
-
-  // z[row] += a[unit of row] ⊙ acc[row], vector by vector.
-  static JACPOT_INLINE void multiply_into(T* out, const T* a, const Line* line, std::int64_t count,
-                                          const Accumulator& acc) {
-#pragma GCC unroll 8
-    for (int r = 0; r < block; ++r) {
-      if (r < count) {
-        T* to = out + line[r].z;
-        const T* factor = a + line[r].a;
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j)
-          V::store(to + j * width,
-                   V::fma(V::load(factor + j * width), acc.v[r][j], V::load(to + j * width)));
-      }
-    }
   }
 
   void spread_columns(const T* a) {
@@ -93,23 +73,6 @@ struct Gram {
     }
   }
 
-  struct Signals {
-    const T *left, *right;  // of this slice and group; the right ones of this panel of units
-    std::int64_t inner;
-    JACPOT_INLINE const T* row(std::int64_t row) const {
-      return left + row / panel * inner * panel + row % panel;
-    }
-  };
-
-  // One block of `block` units (rows) against one panel of units (columns), of one layer.
-  struct Place {
-    std::int64_t unit;    // first of the rows, counted in their group
-    std::int64_t count;   // rows that exist, at most block
-    std::int64_t panels;  // of columns (unit, output) that hold any
-    std::int64_t skip;    // of those, below the diagonal
-    T* out;
-  };
-
   Signals signals(const PackedLayer<T>& layer, std::int64_t pair, std::int64_t unit_panel) const {
     return {plan.left[tile.group] + layer.signals + (tile.left_slice + pair) * layer.signals_slice,
             plan.right[tile.columns] + layer.signals +
@@ -118,18 +81,25 @@ struct Gram {
             layer.inner};
   }
 
+  // Of active units, for all rows of the group.
+  const std::int32_t* lists(const PackedLayer<T>& layer) const {
+    return reinterpret_cast<const std::int32_t*>(plan.left[tile.group] + layer.active) +
+           tile.left_slice * panel * layer.positions * layer.list;
+  }
+
   // Σ over [from, to) of the signals' inner index, times the activations' products in a.
   void add_products(const Signals& s, const Place& p, const T* a, T* out, std::int64_t from,
                     std::int64_t to) {
     const std::int64_t lines = p.count * row_slice;
-    const std::int64_t step = lines > block ? segment : to - from;
+    const std::int64_t step = lines > block ? Panels<T>::segment : to - from;
     for (std::int64_t q = p.skip; q < p.panels; ++q)
       for (std::int64_t x = from; x < to; x += step) {
         const T* right = s.right + (q * s.inner + x) * panel;
         for (std::int64_t row = 0; row < lines; row += block) {
           Accumulator acc;
-          acc.add(s.row(p.unit * row_slice + row) + x * panel, right, min(step, to - x));
-          multiply_into(out + q * panel, a + q * panel, line_of + row, lines - row, acc);
+          acc.add(s.row(p.unit * row_slice + row) + x * panel, panel, right, panel,
+                  min(step, to - x));
+          Panels<T>::multiply_into(out + q * panel, a + q * panel, line_of + row, lines - row, acc);
         }
       }
   }
@@ -153,114 +123,6 @@ struct Gram {
       }
   }
 
-  // Output units, of those that are held, whose signals in a row are not all zero: about half of
-  // them where a ReLU follows.
-  struct Active {
-    std::int64_t count;
-    std::int32_t unit[unit_block];
-  };
-  Active find_active(const T* left, std::int64_t n) const {
-    Active active{0, {}};
-    for (std::int64_t u = 0; u < n; ++u) {
-      bool any = false;
-      for (std::int64_t k = 0; k < row_slice; ++k) any |= left[u * block * row_slice + k] != 0;
-      active.unit[active.count] = static_cast<std::int32_t>(u);
-      active.count += any;
-    }
-    return active;
-  }
-
-  // z[(unit, k)] += Σ_u δ_right[u] ⊙ a_u[unit] · δ_left[unit, k, u] for `K` outputs of one unit.
-  template <int K>
-  void add_units(const T* left, const T* right, const Active& active, std::int64_t row,
-                 const std::int64_t* offset, const T (*index)[width], T* out) const {
-    Vec acc[K][vectors], order[vectors];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j) acc[k][j] = V::zero();
-    for (std::int64_t i = 0; i < active.count; ++i) {
-      const std::int64_t u = active.unit[i];
-      const T* a = units + (u * block + row) * panel;
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j)
-        order[j] = Panels<T>::permute(V::load(a + offset[j]), index[j]) *
-                   V::load(right + u * panel + j * width);
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) {
-        const Vec b = V::broadcast(left[u * block * row_slice + k]);
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j) acc[k][j] = V::fma(b, order[j], acc[k][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j) {
-        T* to = out + k * stride + j * width;
-        V::store(to, V::load(to) + acc[k][j]);
-      }
-  }
-
-  template <int K>
-  JACPOT_INLINE void add_units_of(std::int64_t count, const T* left, const T* right,
-                                  const Active& active, std::int64_t row,
-                                  const std::int64_t* offset, const T (*index)[width],
-                                  T* out) const {
-    if (count == K)
-      add_units<K>(left, right, active, row, offset, index, out);
-    else if constexpr (K > 1)
-      add_units_of<K - 1>(count, left, right, active, row, offset, index, out);
-  }
-
-  void multiply_activations(const PackedLayer<T>& layer, const T* left, const T* right,
-                            std::int64_t unit, T* out) {
-    Accumulator acc;
-    for (std::int64_t e = layer.row_offsets[unit]; e < layer.row_offsets[unit + 1]; ++e)
-      acc.add(left + layer.columns[e] * static_cast<std::int64_t>(panel),
-              right + layer.columns[e] * static_cast<std::int64_t>(panel));
-    acc.store(out, layer.bias ? 1 : 0);
-  }
-
-  // A masked layer, several outputs: products of kept activations for some units, then a small
-  // product over these units for every pair of examples.
-  void add_masked(const PackedLayer<T>& layer, const Signals& s, const Place& p, const T* left,
-                  const T* right) {
-    const std::int64_t lines = p.count * row_slice;
-    const std::int64_t parts = (row_slice + block - 1) / block,
-                       part = (row_slice + parts - 1) / parts;
-    for (std::int64_t first = 0; first < layer.outputs; first += unit_block) {
-      const std::int64_t n = min(unit_block, layer.outputs - first);
-      for (std::int64_t u = 0; u < n; ++u) {
-        multiply_activations(layer, left, right, first + u, units + u * block * panel);
-        for (std::int64_t row = 0; row < lines; row += block)
-          for (int r = 0; r < block; ++r)
-            unit_signals[u * block * row_slice + row + r] =
-                s.row(p.unit * row_slice + row)[(first + u) * panel + r];
-      }
-      Active active[block];
-      for (std::int64_t r = 0; r < p.count; ++r)
-        active[r] = find_active(unit_signals + r * row_slice, n);
-      for (std::int64_t q = p.skip; q < p.panels; ++q) {
-        std::int64_t offset[vectors];
-        T index[vectors][width];
-        for (int j = 0; j < vectors; ++j) {
-          const std::int64_t column = q * panel + j * width;
-          offset[j] = column / column_slice;
-          for (int i = 0; i < width; ++i)
-            index[j][i] = static_cast<T>((column + i) / column_slice - offset[j]);
-        }
-        for (std::int64_t r = 0; r < p.count; ++r) {
-          const std::int64_t example = (p.unit + r) / layer.positions - tile.first;
-          for (std::int64_t k = 0; k < row_slice; k += part)
-            add_units_of<block>(min(part, row_slice - k), unit_signals + r * row_slice + k,
-                                s.right + (q * s.inner + first) * panel, active[r], r, offset,
-                                index, p.out + (example * row_slice + k) * stride + q * panel);
-        }
-      }
-    }
-  }
-
   void add_block(const PackedLayer<T>& layer, const Place& p, std::int64_t unit_panel) {
     const T* left = plan.left[tile.group] + layer.activations +
                     p.unit / panel * layer.inputs * panel + p.unit % panel;
@@ -269,10 +131,12 @@ struct Gram {
     const bool single = row_slice == 1 && column_slice == 1;
     find_lines(p.unit, p.count, layer.positions);
     if (layer.row_offsets) {
-      if (!single) return add_masked(layer, signals(layer, 0, unit_panel), p, left, right);
+      if (!single)
+        return masked.add(layer, signals(layer, 0, unit_panel), lists(layer), p, left, right,
+                          line_of);
       const std::int64_t inner = layer.inner / layer.outputs;
       for (std::int64_t u = 0; u < layer.outputs; ++u) {
-        multiply_activations(layer, left, right, u, products);
+        MaskedUnits<T>::multiply_activations(layer, left, right, u, products);
         for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
           add_products(signals(layer, pair, unit_panel), p, products,
                        p.out + pair * size_of_z(plan), u * inner, (u + 1) * inner);
@@ -280,14 +144,16 @@ struct Gram {
       return;
     }
     Accumulator acc;
-    acc.add(left, right, layer.inputs);
-    acc.store(products, layer.bias ? 1 : 0);
+    acc.add(left, panel, right, panel, layer.inputs);
+    Panels<T>::store(products, acc, layer.bias ? 1 : 0);
     const T* a = products;
     if (column_slice > 1) {
       spread_columns(products);
       a = spread;
     }
     if (layer.constant) return add_constant(layer, p, a);
+    if (layer.skips_zeros)
+      return active.add(signals(layer, 0, unit_panel), lists(layer), layer.list, p, a, line_of);
     for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
       add_products(signals(layer, pair, unit_panel), p, a, p.out + pair * size_of_z(plan), 0,
                    layer.inner);
@@ -399,7 +265,9 @@ struct Gram {
   }
 
   static constexpr GramKernels<T> kernels() {
-    return {panel, block, &Panels<T>::pack, &scratch, &run_tile, &turn};
+    return {
+        panel,     block, Panels<T>::vectors, &Panels<T>::pack, &Panels<T>::list_active, &scratch,
+        &run_tile, &turn};
   }
 };
 

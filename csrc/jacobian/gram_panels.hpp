@@ -4,10 +4,13 @@
 // vectors, and rows, a block of them at a time, as numbers that it broadcasts.
 #pragma once
 
+#include "common/register_tile.hpp"
 #include "common/simd.hpp"
 #include "jacobian/transpose.hpp"
 
 namespace jacpot::JACPOT_ISA {
+
+JACPOT_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 template <class T>
 struct Panels {
@@ -19,37 +22,35 @@ struct Panels {
   // Rows of a register tile: accumulators, one row of columns and a broadcast fill the registers.
   static constexpr int block = JACPOT_VECTOR_BYTES == 64 ? 8 : panel % 4 == 0 ? 4 : 3;
 
-  // acc (block, panel) = Σ_x left[x, 0:block] ⊗ right[x, 0:panel]
-  struct Accumulator {
-    Vec v[block][vectors];
-    JACPOT_INLINE Accumulator() {
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r)
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j) v[r][j] = V::zero();
-    }
-    JACPOT_INLINE void add(const T* left, const T* right) {
-      Vec c[vectors];
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j) c[j] = V::load(right + j * width);
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r) {
-        const Vec b = V::broadcast(left[r]);
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j) v[r][j] = V::fma(b, c[j], v[r][j]);
-      }
-    }
-    JACPOT_INLINE void add(const T* left, const T* right, std::int64_t n) {
-      for (std::int64_t x = 0; x < n; ++x, left += panel, right += panel) add(left, right);
-    }
-    JACPOT_INLINE void store(T* out, T shift) const {
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r)
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j)
-          V::store(out + r * panel + j * width, v[r][j] + V::broadcast(shift));
-    }
+  // Rows and a panel of columns of two packed panels: Σ_x left[x, 0:block] ⊗ right[x, 0:panel]
+  using Accumulator = RegisterTile<T, block, vectors>;
+
+  // Inner indices whose columns, and the rows that pass by, stay in L1 together.
+  static constexpr std::int64_t segment =
+      (24 << 10) / (panel * static_cast<std::int64_t>(sizeof(T)));
+
+  static JACPOT_INLINE void store(T* out, Accumulator& sums, T shift) {
+    sums.each([=](Vec sum, int r, int j) {
+      V::store(out + r * panel + j * width, sum + V::broadcast(shift));
+    });
+  }
+
+  // Where a row (unit, output) belongs in a tile of the result, and its unit's products of
+  // activations.
+  struct Line {
+    std::int64_t z, a;
   };
+
+  // out[row] += a[unit of row] ⊙ sums[row], vector by vector, of the first `count` rows.
+  template <int R>
+  static JACPOT_INLINE void multiply_into(T* out, const T* a, const Line* line, std::int64_t count,
+                                          RegisterTile<T, R, vectors>& sums) {
+    sums.each([=](Vec sum, int r, int j) __attribute__((always_inline)) {
+      if (r >= count) return;
+      T* to = out + line[r].z + j * width;
+      V::store(to, V::fma(V::load(a + line[r].a + j * width), sum, V::load(to)));
+    });
+  }
 
   // The lanes of v that `index` names.
   static JACPOT_INLINE Vec permute(Vec v, const T* index) {
@@ -78,6 +79,50 @@ struct Panels {
           dst[x * dst_stride + j + i] = lines[j + i] ? lines[j + i][x] : T(0);
     }
   }
+
+  // The inner indices that are not zero in all rows, and a last one that is larger than all.
+  static std::int64_t list_active(const T* const* lines, std::int64_t count, std::int64_t inner,
+                                  std::int32_t* active, bool* finite) {
+    std::int64_t total = 0;
+    Vec difference = V::zero();
+    for (std::int64_t x = 0; x < inner; x += width) {
+      const std::int64_t n = min(width, inner - x);
+      decltype(Vec{} < Vec{}) any{};
+      for (std::int64_t k = 0; k < count; ++k) {
+        const Vec v = V::load_first(lines[k] + x, n);
+        any |= v != V::zero();
+        difference += v - v;  // inf - inf is nan
+      }
+      for (std::int64_t i = 0; i < n; ++i) {
+        active[total] = static_cast<std::int32_t>(x + i);
+        total += any[i] != 0;
+      }
+    }
+    active[total] = INT32_MAX;
+    for (int i = 0; i < width; ++i) *finite = *finite && difference[i] == 0;
+    return total;
+  }
+};
+
+// The signals of one slice and pair of groups: all rows, and the columns of one panel of units.
+template <class T>
+struct PackedSignals {
+  static constexpr int panel = Panels<T>::panel;
+  const T *left, *right;
+  std::int64_t inner;
+  JACPOT_INLINE const T* row(std::int64_t row) const {
+    return left + row / panel * inner * panel + row % panel;
+  }
+};
+
+// One block of units (rows) against one panel of units (columns), of one layer.
+template <class T>
+struct GramPlace {
+  std::int64_t unit;    // first of the rows, counted in their group
+  std::int64_t count;   // rows that exist, at most `block`
+  std::int64_t panels;  // of columns (unit, output) that hold any
+  std::int64_t skip;    // of those, below the diagonal
+  T* out;
 };
 
 }  // namespace jacpot::JACPOT_ISA

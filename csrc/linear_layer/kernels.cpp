@@ -1,5 +1,6 @@
 #include "linear_layer/kernels.hpp"
 
+#include "common/register_tile.hpp"
 #include "common/shuffle.hpp"
 #include "common/simd.hpp"
 
@@ -96,38 +97,15 @@ struct LinearLayer {
   static void add_tile(const std::int32_t* rows, const T* values, std::int64_t count,
                        std::int64_t k, const T* panel, std::int64_t columns, bool first, T* out,
                        std::int64_t stride) {
-    Vec acc[R][vectors];
-#pragma GCC unroll 8
-    for (int q = 0; q < R; ++q)
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j)
-        acc[q][j] =
-            first ? V::zero() : load_part(out + q * stride + j * width, columns - j * width);
-    for (std::int64_t c = 0; c < count; ++c, values += k) {
-      const T* w = panel + rows[c] * static_cast<std::int64_t>(panel_width);
-      Vec a[vectors];
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j) a[j] = V::load(w + j * width);
-#pragma GCC unroll 8
-      for (int q = 0; q < R; ++q) {
-        const Vec b = V::broadcast(values[q]);
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; ++j) acc[q][j] = V::fma(b, a[j], acc[q][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < R; ++q)
-#pragma GCC unroll 3
-      for (int j = 0; j < vectors; ++j)
-        store_part(out + q * stride + j * width, acc[q][j], columns - j * width);
-  }
-
-  template <int R, class... Rest>
-  static void add_tile_of(std::int64_t size, Rest... rest) {
-    if (size == R)
-      add_tile<R>(rest...);
-    else if constexpr (R > 1)
-      add_tile_of<R - 1>(size, rest...);
+    RegisterTile<T, R, vectors> tile;
+    if (!first)
+      tile.each([=](Vec& sum, int q, int j) {
+        sum = load_part(out + q * stride + j * width, columns - j * width);
+      });
+    tile.add(values, k, panel, panel_width, rows, count);
+    tile.each([=](Vec sum, int q, int j) {
+      store_part(out + q * stride + j * width, sum, columns - j * width);
+    });
   }
 
   static void add_rows(const std::int32_t* rows, const T* values, std::int64_t count,
@@ -137,8 +115,10 @@ struct LinearLayer {
     for (std::int64_t part = 0; part < parts; ++part) {
       const std::int64_t q = part * k / parts, size = (part + 1) * k / parts - q;
       for (std::int64_t i = 0; i < columns; i += tile_width)
-        add_tile_of<signals>(size, rows, values + q, count, k, panel + i, columns - i, first,
-                             out + q * stride + i, stride);
+        with_count<signals>(size, [&](auto r) {
+          add_tile<r.value>(rows, values + q, count, k, panel + i, columns - i, first,
+                            out + q * stride + i, stride);
+        });
     }
   }
 
