@@ -157,6 +157,8 @@ def merged_mask(module: nn.Module, mask: Mapping[str, Tensor] | None) -> dict[st
         As `checked_mask`, and if the mask keeps what the one worn prunes.
     """
     merged, worn = checked_mask(module, mask), _worn(module)
+    if not worn:
+        return merged
     for name, parameter in named_parameters(module).items():
         if id(parameter) not in worn:
             continue

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import _add_batch_dim, _remove_batch_dim
+from torch._functorch.vmap import (  # type: ignore[attr-defined]
+    lazy_load_decompositions,
+    vmap_increment_nesting,
+)
 
 from jacpot._backend import empty
 
@@ -54,15 +59,12 @@ def signals(
 
 def _mapped(outputs: Tensor, sources: Sequence[Any], cotangents: Tensor) -> Sequence[Tensor | None]:
     """Give what ``is_grads_batched`` does, an older vmap that cannot batch our operators."""
-    led: list[bool] = []
-
-    def back(one: Tensor) -> list[Tensor]:
+    b = len(cotangents)
+    lazy_load_decompositions()
+    with vmap_increment_nesting(b, "error") as level:  # all that torch.func.vmap does
+        one = _add_batch_dim(cotangents, 0, level)
         found = torch.autograd.grad(outputs, sources, one, allow_unused=True, retain_graph=True)
-        led[:] = [gradient is not None for gradient in found]
-        return [gradient for gradient in found if gradient is not None]
-
-    found = iter(torch.func.vmap(back)(cotangents))
-    return [next(found) if leads else None for leads in led]
+        return [None if x is None else _remove_batch_dim(x, level, b, 0) for x in found]
 
 
 def _one_by_one(

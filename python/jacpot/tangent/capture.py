@@ -15,6 +15,7 @@ parameters that no rule covers. A network that cannot be mapped is run on one ex
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -330,7 +331,7 @@ def _finish(
     fold: Fold,
 ) -> Captured:
     """Apply the rules to what was seen; ``rows`` ``(K, N, ...)`` are of what no rule covers."""
-    if not torch.isfinite(outputs).all():
+    if not _is_finite(outputs):
         raise ValueError("the module's outputs must be finite, got inf or nan for these examples")
     terms: dict[str, list[Term]] = {}
     for seen in calls:
@@ -360,4 +361,4 @@ def _check_finite(call: Call, x: Tensor, what: str) -> None:
 
 
 def _is_finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())  # a sum stores nothing
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())  # a sum stores nothing

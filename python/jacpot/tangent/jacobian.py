@@ -95,7 +95,9 @@ def jacobian(
     >>> J.shape, (J @ torch.ones(J.n_parameters)).shape, (J.T @ torch.ones(4, 2)).shape
     ((8, 32), torch.Size([4, 2]), torch.Size([32]))
     """
-    return JacobianSource(module, x, mask, wrt, output, targets, memory_budget)(x, targets=targets)
+    with recording():
+        source = JacobianSource(module, x, mask, wrt, output, targets, memory_budget)
+        return source(x, targets=targets)
 
 
 class JacobianSource:

@@ -43,6 +43,8 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 def tensors(x: Any) -> list[Tensor]:
     """All tensors in ``x``, a tensor or a sequence or mapping of them."""
+    if isinstance(x, Tensor):
+        return [x]
     found: list[Tensor] = []
     over_tensors(x, found.append)
     return found
@@ -234,6 +236,7 @@ class Network:
 # A network is evaluated with other tensors in the place of its parameters, and seen by what they
 # are: two threads that do so to one module, or to modules that share layers, would see each other.
 one_at_a_time = threading.RLock()
+_recorders = [False]  # for each entrance into the lock whether it records
 
 
 @contextmanager
@@ -252,6 +255,12 @@ def plain_attention() -> Iterator[None]:
 def recording() -> Iterator[None]:
     """Record gradients, without autocast, whatever modes the caller is in; one thread at a time."""
     with one_at_a_time, ExitStack() as stack:
+        plain = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if plain and _recorders[-1]:  # as it is left, unless a network changed the mode
+            yield
+            return
+        _recorders.append(True)
+        stack.callback(_recorders.pop)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(plain_attention())
@@ -288,7 +297,7 @@ def refuse_wrappers(module: nn.Module) -> None:
                 f"argument 'module' must be no {kind}, whose parameters cannot be replaced: "
                 "give the module that it was made from"
             )
-        if any(map(is_lazy, layer.parameters(recurse=False))):
+        if any(map(is_lazy, layer._parameters.values())):
             raise ValueError(
                 f"argument 'module' must have all its parameters, but those of {kind}{where} get "
                 "their shape when it is first called: call the module once"

@@ -117,15 +117,12 @@ class Recorder(TorchFunctionMode):
             If the network writes to what a layer has read.
         """
         # A module with a forward of its own is not what the rule of its class is for.
-        overridden = [
-            module
-            for module in self.network.module.modules()
-            if type(module) in RULES and "forward" not in vars(module)
-        ]
+        modules: list[Any] = list(self.network.module.modules())
+        overridden = [m for m in modules if type(m) in RULES and "forward" not in vars(m)]
         for module in overridden:  # in the instance, until the end of this run
             module.forward = partial(self._forward, RULES[type(module)], module)
         # The parameters are masked already; layers then see them as they are.
-        masks: list[Any] = [m for m in self.network.module.modules() if type(m) is Masked]
+        masks: list[Any] = [module for module in modules if type(module) is Masked]
         for module in masks:
             module.forward = _same
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,8 +50,24 @@ class LayerRule:
     integer_input: bool
     local: bool = False
 
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        """What arguments without a name are called, but the signals."""
+        parameters = self.signature.parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+    @functools.cached_property
+    def _needed(self) -> int:
+        """How many of these a call has to have, and no others."""
+        parameters = list(self.signature.parameters.values())[1:]
+        needed = [p.name for p in parameters if p.default is p.empty and p.name not in self._names]
+        many = len(self._names) + 1  # more than there are: never
+        return many if needed else sum(p.default is p.empty for p in parameters)
+
     def bound(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """Give a call's arguments by the rule's names; None for one with others."""
+        if not kwargs and self._needed <= len(args) <= len(self._names):  # most often
+            return dict(zip(self._names, args, strict=False))
         try:
             arguments = dict(self.signature.bind(None, *args, **kwargs).arguments)
         except TypeError:
