@@ -81,15 +81,19 @@ struct Work {
 };
 
 // In a loop: what is waited for is near, unless the thread that owes it has no core to run on.
-template <class Condition>
-void wait_until(Condition&& holds) {
+template <class Condition, class Otherwise>
+void wait_until(Condition&& holds, Otherwise&& otherwise) {
   constexpr int patience = 2000;
   for (int turn = 0; !holds(); ++turn) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-    if (turn >= patience) std::this_thread::yield();
+    if (turn >= patience) otherwise();
   }
+}
+template <class Condition>
+void wait_until(Condition&& holds) {
+  wait_until(holds, [] { std::this_thread::yield(); });
 }
 
 #if defined(__linux__)
@@ -180,7 +184,12 @@ class Team {
   }
   void follow() {
     for (unsigned seen = 0;; ++seen) {
-      wait_until([&] { return posted_.load(std::memory_order_acquire) != seen; });
+      // A scheduler may also put the two on one core later on.
+      wait_until([&] { return posted_.load(std::memory_order_acquire) != seen; },
+                 [&] {
+                   if (core_.load(std::memory_order_relaxed) == current_core()) change_core();
+                   std::this_thread::yield();
+                 });
       if (!work_) return;
       Work::drain(work_);
       busy_.fetch_sub(1, std::memory_order_release);
@@ -188,6 +197,7 @@ class Team {
   }
   void post(Work* work) {
     work_ = work;
+    core_.store(current_core(), std::memory_order_relaxed);
     posted_.fetch_add(1, std::memory_order_release);
   }
 
@@ -196,6 +206,7 @@ class Team {
   int helpers_ = 0;
   alignas(64) std::atomic<unsigned> posted_{0};
   Work* work_ = nullptr;
+  std::atomic<int> core_{-1};  // on which the caller was last seen
   alignas(64) std::atomic<int> busy_{0};
 };
 

@@ -133,7 +133,7 @@ def solve(
     b = _as_tensor(rhs, "rhs")
     if b.ndim not in (1, 2):
         raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
-    columns = (b if b.ndim == 2 else b.unsqueeze(1)).double()
+    columns = b if b.ndim == 2 else b.unsqueeze(1)
     largest = _largest(columns)
     if not all(map(math.isfinite, largest)):
         raise ValueError("argument 'rhs' must be finite, got NaN or infinity")
@@ -149,7 +149,8 @@ def solve(
         raise ValueError("argument 'preconditioner': method 'cholesky' has its own, use 'cg'")
     # Powers of two near the largest element: exact, and nothing over- or underflows.
     scales = [power_of_two_above(size) for size in largest]
-    scale = columns.new_tensor(scales)
+    scale = columns.new_tensor(scales, dtype=torch.float64)
+    columns = (columns / scale).contiguous()
     shape = (a.shape[1], *b.shape[1:])
     guess = None
     if x0 is not None:
@@ -159,7 +160,7 @@ def solve(
     limit = min(10 * a.shape[1], 20_000) if max_iter is None else max_iter
     options = (method, preconditioner, float(tol), limit, callback)
     system = System(a, float(damping), method == "lsmr" and not shifted(a))
-    attempt = _attempt(system, 1.0, (columns / scale).contiguous(), guess, *options)
+    attempt = _attempt(system, 1.0, columns, guess, *options)
     if not attempt.interrupted and _is_extreme(attempt.result["largest"], largest):
         unit = system.unit()
         if unit != 1:
