@@ -8,6 +8,7 @@
 
 #include "bindings/bind.hpp"
 #include "bindings/jacobian_factors.hpp"
+#include "bindings/live_factors.hpp"
 #include "common/blas.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
@@ -55,8 +56,26 @@ Status vjp(const GivenRows<T>& rows, const T* u, std::int64_t r, T* out, int) {
                     rows.p);
 }
 
+// Layers without the units that are off, which Python holds.
 template <class T>
-using Block = std::variant<ProductLayer<T>, GivenRows<T>>;
+struct GivenLive {
+  const LiveLayer<T>* layer;
+
+  std::int64_t parameters() const { return layer->parameters(); }
+};
+
+template <class T>
+Status jvp(const GivenLive<T>& live, const T* v, std::int64_t r, T* out, int threads) {
+  return jvp(*live.layer, v, r, out, threads);
+}
+
+template <class T>
+Status vjp(const GivenLive<T>& live, const T* u, std::int64_t r, T* out, int threads) {
+  return vjp(*live.layer, u, r, out, threads);
+}
+
+template <class T>
+using Block = std::variant<ProductLayer<T>, GivenLive<T>, GivenRows<T>>;
 
 // to (columns, rows) = from (rows, columns), in another type.
 template <class To, class From>
@@ -198,15 +217,13 @@ class Products final : public Operator {
 // Keeps the arrays alive that the products read.
 class JacobianOperator final : public Operator {
  public:
-  // blocks: tuples (factors, row offsets or None, columns or None, bias), or arrays of rows
-  // (N, K, P). Products at full accuracy are left to `exact`, if given.
+  // blocks: tuples (factors, row offsets or None, columns or None, bias), LiveFactors, or arrays
+  // of rows (N, K, P). Products at full accuracy are left to `exact`, if given.
   JacobianOperator(const std::string& form, py::list blocks, std::int64_t outputs, py::object exact,
                    int threads)
       : blocks_(std::move(blocks)), exact_(std::move(exact)) {
     if (blocks_.empty()) throw py::value_error("argument 'blocks' must hold at least one block");
-    const py::handle first = blocks_[0];
-    const bool factors = py::isinstance<py::tuple>(first);
-    const Array sample(factors ? first.cast<py::tuple>()[0].cast<py::tuple>()[0] : first, "blocks");
+    const Array sample(sample_of(blocks_[0]), "blocks");
     dispatch_float(sample, [&]<class T>() {
       std::vector<Block<T>> read;
       for (const py::handle item : blocks_) read.push_back(read_block<T>(item, sample, outputs));
@@ -229,6 +246,11 @@ class JacobianOperator final : public Operator {
   }
 
  private:
+  static py::object sample_of(py::handle block) {
+    if (py::isinstance<py::tuple>(block)) return block.cast<py::tuple>()[0].cast<py::tuple>()[0];
+    if (py::isinstance<LiveFactors>(block)) return block.cast<const LiveFactors&>().activations;
+    return py::reinterpret_borrow<py::object>(block);
+  }
   template <class T>
   static Block<T> read_block(py::handle item, const Array& sample, std::int64_t outputs) {
     Block<T> block;
@@ -241,6 +263,10 @@ class JacobianOperator final : public Operator {
           product_layer<T>(factors, entry[1], entry[2], entry[3].cast<bool>(), false);
       rows = layer.n * layer.k;
       block = layer;
+    } else if (py::isinstance<LiveFactors>(item)) {
+      const auto& layer = item.cast<const LiveFactors&>().of_type<T>();
+      rows = layer.n * layer.k;
+      block = GivenLive<T>{&layer};
     } else {
       const Array given(item, "rows");
       given.expect_cpu().expect_like(sample).expect_shape({Array::any, Array::any, Array::any});

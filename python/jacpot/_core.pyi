@@ -14,6 +14,7 @@ __all__: list[str] = [
     "DenseOperator",
     "JacobianGram",
     "JacobianOperator",
+    "LiveFactors",
     "Operator",
     "build_info",
     "compile_pattern",
@@ -25,6 +26,7 @@ __all__: list[str] = [
     "jacobian_add_row_products",
     "jacobian_convolution_rows",
     "jacobian_jvp",
+    "jacobian_live_factors",
     "jacobian_mirror",
     "jacobian_rows",
     "jacobian_signs",
@@ -99,6 +101,25 @@ class JacobianGram:
         """
         Computes it, once; the factors need not be there any more.
         """
+
+class LiveFactors:
+    """
+    Factors of a layer without the units that are off.
+    """
+    def jvp(
+        self, v: typing.Any, out: typing.Any, threads: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Adds the product of the layer's Jacobian with vectors.
+        """
+    def vjp(
+        self, u: typing.Any, out: typing.Any, threads: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        The product of the layer's transposed Jacobian with vectors.
+        """
+    @property
+    def nbytes(self) -> int: ...
 
 class JacobianOperator(Operator):
     """
@@ -186,6 +207,16 @@ def jacobian_jvp(
 ) -> None:
     """
     Adds the product of a layer's Jacobian with vectors.
+    """
+
+def jacobian_live_factors(
+    factors: tuple,
+    bias: bool,
+    most: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> typing.Any:
+    """
+    Factors without the units that are off; None where more than `most` of them are not.
     """
 
 def jacobian_mirror(out: typing.Any, threads: typing.SupportsInt | typing.SupportsIndex) -> None:

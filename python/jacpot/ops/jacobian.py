@@ -29,6 +29,7 @@ __all__ = [
     "column_norms",
     "dense",
     "gram",
+    "joined_vjp",
     "jvp",
     "row_norms",
     "sketch",
@@ -62,26 +63,34 @@ def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, n
     return tensor.detach().reshape(size, 1 if tensor.ndim == 1 else tensor.shape[1])
 
 
-def _add_jvp(block: Factors | Lookup, vectors: Tensor, out: Tensor) -> None:
+def _add_jvp(block: Factors | Lookup, vectors: Tensor, out: Tensor, keep: bool = True) -> None:
     """``out (N, K, R) += J · vectors (R, P)ᵀ``."""
     if isinstance(block, Lookup):
         out += block.jvp(vectors)
+        return
+    if keep and block.live is not None:
+        block.live.jvp(vectors, out, threads())
         return
     kernels(out).jacobian_jvp(
         block.operands, *block.layout, block.bias, False, vectors, out, threads()
     )
 
 
-def _vjp(block: Factors | Lookup, u: Tensor) -> Tensor:
-    """``uᵀ J``, ``(R, P)``, for contiguous ``u (N, K, R)``."""
-    if isinstance(block, Lookup):
-        return block.vjp(u)
-    out = u.new_empty(u.shape[2], block.n_parameters)
-    kernels(out).jacobian_vjp(block.operands, *block.layout, block.bias, False, u, out, threads())
-    return out
+def _vjp(block: Block, u: Tensor, out: Tensor, keep: bool) -> None:
+    """``out (R, P) = uᵀ J`` for contiguous ``u (N, K, R)``."""
+    if isinstance(block, Rows):
+        torch.mm(u.flatten(0, 1).T, block.rows.flatten(0, 1), out=out)
+    elif isinstance(block, Lookup):
+        out.copy_(block.vjp(u))
+    elif keep and block.live is not None:
+        block.live.vjp(u, out, threads())
+    else:
+        kernels(out).jacobian_vjp(
+            block.operands, *block.layout, block.bias, False, u, out, threads()
+        )
 
 
-def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
+def jvp(blocks: Sequence[Block], vectors: Sequence[Any], keep: bool = True) -> Any:
     """Compute ``J v``, for one or for ``R`` vectors at once.
 
     Parameters
@@ -90,6 +99,8 @@ def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
         The Jacobian, ``(N, K, P)``.
     vectors
         One array per block, ``(P_block,)`` or ``(P_block, R)``.
+    keep
+        Whether the blocks keep what makes their next products faster, `Factors.live`.
 
     Returns
     -------
@@ -130,7 +141,7 @@ def jvp(blocks: Sequence[Block], vectors: Sequence[Any]) -> Any:
         if isinstance(block, Rows):
             out += block.rows @ column
         else:
-            _add_jvp(block, column.T.contiguous(), out)
+            _add_jvp(block, column.T.contiguous(), out, keep)
     return _like(out if vectors[0].ndim == 2 else out[:, :, 0], blocks)
 
 
@@ -160,6 +171,15 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
     >>> vjp([Rows(torch.eye(3).reshape(3, 1, 3))], torch.tensor([[1.0], [2.0], [3.0]]))
     [tensor([1., 2., 3.])]
     """
+    parts = torch.split(joined_vjp(blocks, u), [block.n_parameters for block in blocks])
+    return [_like(part, blocks) for part in parts]
+
+
+def joined_vjp(blocks: Sequence[Block], u: Any, keep: bool = True) -> Tensor:
+    """Compute what :func:`vjp` does, one block's after the other, ``(P,)`` or ``(P, R)``.
+
+    ``keep`` as in :func:`jvp`.
+    """
     n, k, dtype = check_blocks(blocks)
     tensor = as_tensor("u", u)
     if tensor.dtype != dtype:
@@ -174,14 +194,16 @@ def vjp(blocks: Sequence[Block], u: Any) -> list[Any]:
         )
     columns = tensor.detach().reshape(n, k, 1 if tensor.ndim == 2 else tensor.shape[2])
     columns = columns.contiguous()
-    results = []
-    for block in blocks:
-        if isinstance(block, Rows):
-            out = torch.einsum("nkp,nkr->pr", block.rows, columns)
+    r, sizes = columns.shape[2], [block.n_parameters for block in blocks]
+    joined = columns.new_empty(sum(sizes), r)
+    for block, own in zip(blocks, torch.split(joined, sizes), strict=True):
+        if r == 1:
+            _vjp(block, columns, own.T, keep)
         else:
-            out = _vjp(block, columns).T.contiguous()
-        results.append(_like(out if tensor.ndim == 3 else out[:, 0], blocks))
-    return results
+            out = own.new_empty(r, block.n_parameters)
+            _vjp(block, columns, out, keep)
+            own.copy_(out.T)
+    return joined if tensor.ndim == 3 else joined[:, 0]
 
 
 def dense(blocks: Sequence[Block]) -> Any:

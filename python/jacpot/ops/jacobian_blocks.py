@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from jacpot._backend import threads
+from jacpot._backend import core, threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
 from jacpot.ops.jacobian_kernels import kernels
 from jacpot.ops.jacobian_lookup import Lookup
@@ -19,6 +19,11 @@ from jacpot.ops.jacobian_signals import OfSignals
 __all__ = ["Block", "Factors", "KeptWeights", "Lookup", "Rows", "check_blocks", "row_panels"]
 
 PANEL_BYTES = 64 << 20  # rows are generated in panels of about this size
+
+# Products without the units that are off are faster than those of a BLAS with all of them where at
+# most this part of them is on, of at least so many rows that share a panel of the weight.
+MOST_LIVE = 0.7
+FEWEST_ROWS = 64
 
 
 class KeptWeights(Protocol):
@@ -165,6 +170,22 @@ class Factors(OfSignals):
         one = s[0, 0] if s.shape[0] and s.shape[1] else s
         dense = s.numel() == 0 or one.is_contiguous() or one.permute(1, 2, 0).is_contiguous()
         return a, s if dense else s.contiguous()
+
+    @cached_property
+    def live(self) -> Any:
+        """The factors without the units that are off, or None where that is not worth it.
+
+        A unit is off at an example's position where its signals are zero for all outputs, as behind
+        a ReLU. Made when the first product is asked for; takes the room of the signals that are
+        left besides.
+        """
+        rows = self.n_examples * self.n_positions
+        if self.pattern is not None or self.device.type != "cpu" or rows < FEWEST_ROWS:
+            return None
+        activations = self.activations.contiguous()
+        return core.jacobian_live_factors(
+            (activations, self.signals), self.bias, MOST_LIVE, threads()
+        )
 
     @cached_property
     def strided(self) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,11 @@ class Jacobian:
         self._check("u", u, tuple(self.outputs.shape))
         if not self.blocks:
             return self.outputs.new_zeros(0, *u.shape[2:])
-        return self.from_blocks(kernels.vjp(self.blocks, u.detach()))
+        joined = kernels.joined_vjp(self.blocks, u.detach())
+        if all(order is None for order in self._orders):
+            return joined
+        sizes = [block.n_parameters for block in self.blocks]
+        return self.from_blocks(torch.split(joined, sizes))
 
     def _check(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         if x.dtype != self.dtype:

@@ -23,9 +23,9 @@ from jacpot.ops.jacobian import (
     column_norms,
     dense,
     gram,
+    joined_vjp,
     jvp,
     row_norms,
-    vjp,
 )
 
 __all__ = ["GaussNewtonOperator", "JacobianOperator", "KernelOperator", "OrderedOperator"]
@@ -103,6 +103,11 @@ class JacobianOperator(LinearOperator):
         size = sum(block.nbytes for block in self.blocks)
         self.replayable = self.dtype == self.own_dtype and size <= REPLAYED_BYTES
 
+    @property
+    def held(self) -> bool:
+        """Whether products are with the blocks themselves, and not with copies made for each."""
+        return self.dtype == self.own_dtype
+
     def at(self, examples: Tensor) -> list[Block]:
         """Give the blocks of some examples, in this operator's dtype."""
         return [_at(block, examples, self.dtype) for block in self.blocks]
@@ -121,7 +126,7 @@ class JacobianOperator(LinearOperator):
 
         Where they are copies, a slice is at most ``limit`` bytes, by default `SLICE_BYTES`.
         """
-        if self.dtype == self.own_dtype:
+        if self.held:
             yield 0, self.n_examples, self.blocks
             return
         size = sum(block.nbytes for block in self.blocks) // max(1, self.n_examples)
@@ -141,7 +146,7 @@ class JacobianOperator(LinearOperator):
         if not held or len(held) < len(self.blocks) or self.dtype != self.own_dtype:
             return general
         blocks = [
-            (block.operands, *block.layout, block.bias)
+            block.live or (block.operands, *block.layout, block.bias)
             if isinstance(block, Factors)
             else block.rows.contiguous()
             for block in held
@@ -160,14 +165,14 @@ class JacobianOperator(LinearOperator):
         if not self.blocks:
             return v.new_zeros(self.n_examples, self.n_outputs, v.shape[1])
         parts = torch.split(v, self.sizes)
-        return torch.cat([jvp(blocks, parts) for _, _, blocks in self.slices()])
+        return torch.cat([jvp(blocks, parts, self.held) for _, _, blocks in self.slices()])
 
     def backward(self, u: Tensor) -> Tensor:
         """Jᵀ u: (N, K, R) -> (P, R)."""
         out = u.new_zeros(self.shape[1], u.shape[2])
         if self.blocks:
             for begin, end, blocks in self.slices():
-                out += torch.cat(vjp(blocks, u[begin:end]))
+                out += joined_vjp(blocks, u[begin:end], self.held)
         return out
 
     def _matmat(self, x: Tensor) -> Tensor:

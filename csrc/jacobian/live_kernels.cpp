@@ -1,0 +1,129 @@
+#include "jacobian/live_kernels.hpp"
+
+#include "common/shuffle.hpp"
+#include "common/simd.hpp"
+
+namespace jacpot::JACPOT_ISA {
+namespace {
+
+template <class T>
+struct Live {
+  using V = Simd<T>;
+  using S = Shuffle<T>;
+  using Vec = typename V::Vec;
+  static constexpr int width = V::width;
+  static constexpr int lane = S::lane;  // sums that are taken at once
+  static constexpr std::int64_t block = live_block;
+  static constexpr int most = LiveKernels<T>::most_vectors;
+
+  static JACPOT_INLINE Vec load_part(const T* p, std::int64_t left) {
+    if (left >= width) return V::load(p);
+    return left > 0 ? V::load_first(p, left) : V::zero();
+  }
+
+  static void pack(std::int64_t vectors, const T* from, std::int64_t stride, std::int64_t rows,
+                   std::int64_t size, T* panel) {
+    for (std::int64_t row = 0; row < rows; ++row, from += stride)
+      for (std::int64_t c = 0; c < vectors; ++c, panel += width)
+        V::store(panel, load_part(from + c * width, size - c * width));
+  }
+
+  // z[r] += ⟨x, panel[entries[r]]⟩ for R entries, up to `lane`.
+  template <int C, int R>
+  static JACPOT_INLINE void dots_of(const T* panel, const std::uint8_t* entries, const Vec (&x)[C],
+                                    T* z) {
+    Vec acc[lane];
+    const T* row[lane];
+#pragma GCC unroll 4
+    for (int r = 0; r < lane; ++r) {
+      acc[r] = V::zero();
+      row[r] = panel + entries[r < R ? r : 0] * std::int64_t{C * width};
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r] = V::fma(V::load(row[r] + c * width), x[c], acc[r]);
+    if constexpr (R == lane) {
+      S::add_sums(acc, z);
+    } else {
+      T total[lane] = {};
+      S::add_sums(acc, total);
+      for (int r = 0; r < R; ++r) z[r] += total[r];
+    }
+  }
+
+  template <int C>
+  static void dots(const T* panel, const std::int64_t* begins, const std::uint8_t* entries,
+                   std::int64_t rows, const T* x, std::int64_t stride, std::int64_t size,
+                   const std::int64_t* at, T* z) {
+    const bool whole = size == C * width;
+    for (std::int64_t row = 0; row < rows; ++row, x += stride) {
+      Vec held[C];
+      if (whole) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) held[c] = V::load(x + c * width);
+      } else {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) held[c] = load_part(x + c * width, size - c * width);
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) S::keep(held[c]);
+      const std::uint8_t* e = entries + begins[row];
+      const std::uint8_t* end = entries + begins[row + 1];
+      T* to = z + at[row];
+      for (; e + lane <= end; e += lane, to += lane) dots_of<C, lane>(panel, e, held, to);
+      if constexpr (lane > 2) {
+        if (end - e == 3) dots_of<C, 3>(panel, e, held, to);
+        if (end - e == 2) dots_of<C, 2>(panel, e, held, to);
+      }
+      if (end - e == 1) dots_of<C, 1>(panel, e, held, to);
+    }
+  }
+
+  template <int C>
+  static void sums(const T* panel, const std::int64_t* begins, const std::uint8_t* entries,
+                   std::int64_t units, const T* w, T* out) {
+    for (std::int64_t unit = 0; unit < units; ++unit, w += block, out += C * width) {
+      Vec acc[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[c] = V::load(out + c * width);
+      const std::uint8_t* end = entries + begins[unit + 1];
+      for (const std::uint8_t* e = entries + begins[unit]; e < end; ++e) {
+        const T* row = panel + *e * std::int64_t{C * width};
+        const Vec b = V::broadcast(w[*e]);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) acc[c] = V::fma(b, V::load(row + c * width), acc[c]);
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) V::store(out + c * width, acc[c]);
+    }
+  }
+
+  template <int C = most>
+  static void dots_by(std::int64_t vectors, const T* panel, const std::int64_t* begins,
+                      const std::uint8_t* entries, std::int64_t rows, const T* x,
+                      std::int64_t stride, std::int64_t size, const std::int64_t* at, T* z) {
+    if (vectors == C)
+      dots<C>(panel, begins, entries, rows, x, stride, size, at, z);
+    else if constexpr (C > 1)
+      dots_by<C - 1>(vectors, panel, begins, entries, rows, x, stride, size, at, z);
+  }
+  template <int C = most>
+  static void sums_by(std::int64_t vectors, const T* panel, const std::int64_t* begins,
+                      const std::uint8_t* entries, std::int64_t units, const T* w, T* out) {
+    if (vectors == C)
+      sums<C>(panel, begins, entries, units, w, out);
+    else if constexpr (C > 1)
+      sums_by<C - 1>(vectors, panel, begins, entries, units, w, out);
+  }
+
+  static constexpr LiveKernels<T> kernels() { return {width, &pack, &dots_by<>, &sums_by<>}; }
+};
+
+constexpr LiveTable live_table{Live<float>::kernels(), Live<double>::kernels()};
+
+}  // namespace
+
+const LiveTable& table(const LiveTable*) { return live_table; }
+
+}  // namespace jacpot::JACPOT_ISA

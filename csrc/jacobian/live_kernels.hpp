@@ -1,0 +1,38 @@
+// The bodies that are compiled per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.hpp"
+
+namespace jacpot {
+
+// Rows of activations, or units of V, that a panel holds: it fills most of a first cache of 32 KB,
+// and a place in it is a byte.
+inline constexpr std::int64_t live_block = 64;
+
+template <class T>
+struct LiveKernels {
+  static constexpr std::int64_t most_vectors = 8;  // of a panel's columns
+  std::int64_t width;                              // of a vector
+
+  // panel (rows, vectors · width) = rows of `size` elements, and zeros
+  void (*pack)(std::int64_t vectors, const T* from, std::int64_t stride, std::int64_t rows,
+               std::int64_t size, T* panel);
+  // z[at[row] + i] += ⟨x[row], panel[entries[begins[row] + i]]⟩ for rows of `size` elements
+  void (*dots)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
+               const std::uint8_t* entries, std::int64_t rows, const T* x, std::int64_t stride,
+               std::int64_t size, const std::int64_t* at, T* z);
+  // out[unit] += Σ_e w[unit, e] panel[e] over the unit's entries e; w (units, block), out (units,
+  // vectors · width)
+  void (*sums)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
+               const std::uint8_t* entries, std::int64_t units, const T* w, T* out);
+};
+
+struct LiveTable {
+  LiveKernels<float> f32;
+  LiveKernels<double> f64;
+};
+JACPOT_DISPATCH_TABLE(LiveTable)
+
+}  // namespace jacpot
