@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pretend_streams
@@ -93,6 +94,8 @@ def _pretend(request: pytest.FixtureRequest) -> PretendGpu:
     for name in ("Stream", "stream", "current_stream"):
         patch.setattr(torch.cuda, name, getattr(pretend_streams, name))
     patch.setattr(torch.cuda, "CUDAGraph", _refuse)
+    memory = SimpleNamespace(total_memory=8 << 30)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device=0: memory)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads of two libraries that wait for one another
     request.addfinalizer(lambda: torch.set_num_threads(threads))

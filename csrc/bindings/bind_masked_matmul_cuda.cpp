@@ -1,6 +1,6 @@
 #include "bindings/cuda.hpp"
 #include "masked_matmul/masked_matmul_cuda.hpp"
-#include "masked_matmul/vectors_cuda.hpp"
+#include "masked_matmul/slots_cuda.hpp"
 
 namespace jacpot {
 namespace {
@@ -109,53 +109,72 @@ void walk(py::handle places, py::handle run_order, py::handle offsets, std::int6
   raise_if_failed(status, "masked_matmul");
 }
 
-std::int64_t vector_tile(std::int64_t columns, int device) {
+std::int64_t slot_tile(std::int64_t columns, int device) {
   std::int64_t tile = 0;
-  raise_if_failed(cuda_vector_tile(columns, {device, 0}, &tile), "masked_matmul");
+  raise_if_failed(cuda_slot_tile(columns, {device, 0}, &tile), "masked_matmul");
   return tile;
 }
 
-void multiply_vectors(py::handle block_columns, py::handle begins, std::int64_t tile,
-                      py::handle values, py::handle gathered, const py::object& bias, bool relu,
-                      py::handle product, int device, std::uintptr_t stream) {
+void multiply_slots(py::handle rotations, py::handle windows, py::handle begins, py::handle places,
+                    py::handle sources, std::int64_t tile, py::handle values, py::handle words,
+                    py::handle gathered, const py::object& bias, bool relu, py::handle product,
+                    int device, std::uintptr_t stream) {
   const cuda::Queue queue{device, stream};
-  CudaVectors v;
+  CudaSlots s;
   const Array out(product, "product", Access::write);
   out.expect_dtype({DType::bfloat16, DType::float16}).expect_device(device_of(queue));
   out.expect_shape({Array::any, Array::any});
-  v.dtype = out.dtype();
-  const Array from = on_queue(gathered, "gathered", queue, {v.dtype}, {Array::any, Array::any});
-  v.rows = out.shape(0);
-  v.batch = out.shape(1);
-  v.row_stride = out.stride(0);
-  v.batch_stride = out.stride(1);
-  v.columns = from.shape(0);
-  v.pitch = from.shape(1);
-  v.tile = tile;
-  v.relu = relu;
+  s.dtype = out.dtype();
+  s.rows = out.shape(0);
+  s.batch = out.shape(1);
+  s.row_stride = out.stride(0);
+  s.batch_stride = out.stride(1);
+  const Array from(gathered, "gathered");
+  from.expect_dtype({s.dtype})
+      .expect_device(device_of(queue))
+      .expect_shape({Array::any, Array::any});
+  if (from.shape(1) < s.batch)
+    throw py::value_error("argument 'gathered' must have the batch of 'product'");
+  s.columns = from.shape(0);
+  s.gathered = from.data();
+  s.column_stride = from.stride(0);
+  s.gathered_batch_stride = from.stride(1);
+  s.tile = tile;
+  s.relu = relu;
   if (tile < 1)
     throw py::value_error("argument 'tile' must be at least 1, got " + std::to_string(tile));
-  const Array indices =
-      on_queue(block_columns, "block_columns", queue, {DType::int16}, {Array::any, block_vectors});
-  const Array offsets =
-      on_queue(begins, "begins", queue, {DType::int64},
-               {cuda::divide_up(v.rows, window_rows), cuda_tiles(v.columns, tile) + 1});
-  const Array blocks =
-      on_queue(values, "values", queue, {v.dtype}, {indices.shape(0), block_values});
-  v.block_columns = static_cast<const std::int16_t*>(indices.data());
-  v.begins = static_cast<const std::int64_t*>(offsets.data());
-  v.values = blocks.data();
-  v.gathered = from.data();
-  v.product = out.data();
+  const Array turns = on_queue(rotations, "rotations", queue, {DType::uint8},
+                               {cuda::divide_up(s.columns, slot_banks)});
+  const Array order =
+      on_queue(windows, "windows", queue, {DType::int32}, {Array::any, windows_of_warp});
+  s.warps = order.shape(0);
+  const Array blocks = on_queue(begins, "begins", queue, {DType::int32},
+                                {s.warps * windows_of_warp * cuda_tiles(s.columns, tile) + 1});
+  const Array at = on_queue(places, "places", queue, {DType::int16}, {Array::any});
+  s.slots = at.size();
+  const Array which = on_queue(sources, "sources", queue, {DType::int32}, {s.slots});
+  const Array kept = on_queue(values, "values", queue, {s.dtype}, {Array::any});
+  Array room(words, "words", Access::write);
+  room.expect_dtype({DType::int32}).expect_device(device_of(queue));
+  room.expect_shape({s.slots + spare_words});
+  room.expect_contiguous();
+  s.rotations = static_cast<const std::uint8_t*>(turns.data());
+  s.windows = static_cast<const std::int32_t*>(order.data());
+  s.begins = static_cast<const std::int32_t*>(blocks.data());
+  s.places = static_cast<const std::int16_t*>(at.data());
+  s.sources = static_cast<const std::int32_t*>(which.data());
+  s.values = kept.data();
+  s.words = static_cast<std::uint32_t*>(room.data());
+  s.product = out.data();
   std::vector<Array> alive;
   if (!bias.is_none()) {
-    alive.push_back(on_queue(bias, "bias", queue, {v.dtype}, {v.rows}));
-    v.bias = alive.back().data();
+    alive.push_back(on_queue(bias, "bias", queue, {s.dtype}, {s.rows}));
+    s.bias = alive.back().data();
   }
   Status status;
   {
     const py::gil_scoped_release release;
-    status = cuda_multiply_vectors(v, queue);
+    status = cuda_multiply_slots(s, queue);
   }
   raise_if_failed(status, "masked_matmul");
 }
@@ -176,12 +195,13 @@ void bind_masked_matmul_cuda(py::module_& m) {
         py::arg("bias"), py::arg("relu"), py::arg("product"), py::arg("held"), py::arg("sampled"),
         py::arg("device"), py::arg("stream"),
         "Product and sampled product of one walk over a compressed matrix.");
-  m.def("masked_matmul_vector_tile", &vector_tile, py::arg("columns"), py::arg("device"),
-        "Columns that vectors are best cut into tiles of.");
-  m.def("masked_matmul_vectors", &multiply_vectors, py::arg("block_columns"), py::arg("begins"),
-        py::arg("tile"), py::arg("values"), py::arg("gathered"), py::arg("bias"), py::arg("relu"),
+  m.def("masked_matmul_slot_tile", &slot_tile, py::arg("columns"), py::arg("device"),
+        "Columns that slots are best cut into tiles of.");
+  m.def("masked_matmul_slots", &multiply_slots, py::arg("rotations"), py::arg("windows"),
+        py::arg("begins"), py::arg("places"), py::arg("sources"), py::arg("tile"),
+        py::arg("values"), py::arg("words"), py::arg("gathered"), py::arg("bias"), py::arg("relu"),
         py::arg("product"), py::arg("device"), py::arg("stream"),
-        "Product of 16-bit numbers on tensor cores, with a matrix cut into vectors.");
+        "Product of 16-bit numbers on tensor cores, with entries in slots.");
 }
 
 }  // namespace jacpot

@@ -26,6 +26,39 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// Where in shared memory something lies, in bytes. What shared_memory() gives is aligned by 128, so
+// that lower bits may be exchanged.
+using SharedAddress = std::uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) {
+#ifdef JACPOT_CUDA_EMULATOR
+  return static_cast<SharedAddress>(static_cast<const unsigned char*>(shared) -
+                                    emulator::shared_bytes());
+#else
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
+#endif
+}
+
+// The thread's number in its block, found anew by every call: what follows from it is then not kept
+// in registers from one use to the next.
+__device__ __forceinline__ int thread_anew() {
+#ifdef JACPOT_CUDA_EMULATOR
+  return static_cast<int>(threadIdx.x);
+#else
+  int out;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(out));
+  return out;
+#endif
+}
+
+// The upper 16 bits of two words, the first one's below.
+__device__ __forceinline__ std::uint32_t upper_halves(std::uint32_t first, std::uint32_t second) {
+#ifdef JACPOT_CUDA_EMULATOR
+  return first >> 16 | (second & 0xffff0000u);
+#else
+  return __byte_perm(first, second, 0x7632);
+#endif
+}
+
 // 16-bit floats as storage: arithmetic is in float32.
 #ifdef JACPOT_CUDA_EMULATOR
 struct bfloat16 {

@@ -89,14 +89,13 @@ __device__ __forceinline__ void mma(float (&c)[4], const std::uint32_t (&a)[4],
 // Loads four matrices (8, 8) of 16-bit numbers from shared memory, transposed. Lane 8i + r gives
 // the address of row r of the i-th, 16 bytes at a multiple of 16. Of each, a lane gets the elements
 // (2t, g) and (2t + 1, g): B's fragments, where the rows are what is summed over.
-__device__ __forceinline__ void load_transposed(std::uint32_t (&out)[4], const void* row) {
+__device__ __forceinline__ void load_transposed(std::uint32_t (&out)[4], SharedAddress row) {
 #ifdef JACPOT_CUDA_EMULATOR
-  emulator::load_transposed(out, row);
+  emulator::load_transposed(out, emulator::shared_bytes() + row);
 #else
-  const auto from = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(from)
+               : "r"(row)
                : "memory");
 #endif
 }

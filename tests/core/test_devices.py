@@ -8,7 +8,7 @@ import torch
 import jacpot
 from jacpot import _backend
 from jacpot.ops import jacobian as ops
-from jacpot.ops import masked_matmul_cuda, masked_matmul_vectors
+from jacpot.ops import masked_matmul_cuda, masked_matmul_slots
 
 
 def everything(device):
@@ -21,7 +21,7 @@ def everything(device):
     pattern = jacpot.Pattern((torch.rand(90, 300, generator=generator) < 0.05).to(device))
     x, values, dy = normal(500, 300), normal(pattern.nnz), normal(500, 90)
     half = x.bfloat16(), values.bfloat16()
-    vectors = masked_matmul_cuda.prepare(pattern.block).rows.vectors
+    slots = masked_matmul_cuda.prepare(pattern.block).rows.slots
     blocks = [ops.Factors(normal(40, 1, 1, 300), normal(40, 3, 1, 1, 90), pattern, bias=True)]
     u, v = normal(40, 3), normal(pattern.nnz + 90)
     root = normal(50, 100)
@@ -33,8 +33,8 @@ def everything(device):
         lambda: ops.gram(blocks),
         lambda: ops.gram(blocks, precision="tf32"),
         lambda: ops.gram(blocks, precision="3xtf32"),
-        lambda: masked_matmul_vectors.multiply_vectors(
-            vectors, half[0], half[1], None, False, half[0].new_empty(500, 90)
+        lambda: masked_matmul_slots.multiply_slots(
+            slots, half[0], half[1], None, False, half[0].new_empty(500, 90)
         ),
         lambda: ops.jvp(blocks, [v]),
         lambda: ops.vjp(blocks, u),
@@ -158,15 +158,19 @@ def test_kernels_run_on_the_device_of_their_tensors(cuda_emulator):
         lambda *q: cuda_emulator.jacobian_mirror(square, *q),
         lambda *q: cuda_emulator.jacobian_signs(0, 0, 0, signs, *q),
         lambda *q: cuda_emulator.jacobian_gram([layer], "trace", "tf32", torch.empty(2, 2), *q),
-        lambda *q: cuda_emulator.masked_matmul_vectors(
-            torch.zeros(1, 16, dtype=torch.int16),
-            torch.tensor([[0, 1]]),
-            2,
-            torch.ones(1, 256).bfloat16(),
+        lambda *q: cuda_emulator.masked_matmul_slots(
+            torch.zeros(1, dtype=torch.uint8),
+            torch.tensor([[0, 1, 1, 1]], dtype=torch.int32),
+            torch.zeros(5, dtype=torch.int32),
+            torch.empty(0, dtype=torch.int16),
+            torch.empty(0, dtype=torch.int32),
+            8,
+            torch.empty(0).bfloat16(),
+            torch.empty(32, dtype=torch.int32),
             torch.ones(2, 8).bfloat16(),
             None,
             False,
-            torch.empty(16, 8).bfloat16(),
+            torch.empty(8, 8).bfloat16(),
             *q,
         ),
         lambda *q: cuda_emulator.cg_curvature(columns, columns, 0.0, partial, *q),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jacpot import _backend
-from jacpot.ops.masked_matmul_vectors import Vectors, columns_first, multiply_vectors
+from jacpot.ops.masked_matmul_slots import Slots, columns_first, multiply_slots
 
 __all__ = ["Walk", "dense_is_faster", "multiply", "multiply_and_sample", "prepare"]
 
@@ -74,10 +74,10 @@ class Walk:
         return len(self.tile_offsets)
 
     @cached_property
-    def vectors(self) -> Vectors:
+    def slots(self) -> Slots:
         """The same matrix, prepared for tensor cores."""
         offsets = torch.cat([self.tile_offsets[:, 0], self.tile_offsets[-1:, -1]])
-        return Vectors.of(offsets, self.indices, self.columns)
+        return Slots.of(offsets, self.indices, self.columns)
 
     @classmethod
     def of(cls, offsets: Tensor, indices: Tensor, columns: int) -> Walk:
@@ -101,21 +101,23 @@ def _fastest(walk: Walk, n: int, dtype: torch.dtype) -> str:
     """Name the way to a product that is expected to take the least time.
 
     In 16 bits, clocks of a multiprocessor are counted for 64 examples: dense, as above; walking,
-    about 20 instructions for an entry and 128 examples, of which it begins four a clock; by
-    vectors, the 576 bytes of a block from the L2 cache, which gives 24 a clock, and once for all
-    examples twice as many to put its values in place. Counted, not measured.
+    about 20 instructions for an entry and 128 examples, of which it begins four a clock; by slots,
+    the 16 reads of shared memory of a block and about three for its entries, a tenth of which is
+    waited for, and 4.5 for 128 bytes of each column from the L2 cache, which gives 28 a clock, for
+    512 rows; both go on at the same time. Once for all examples every slot is read and written by
+    16 bytes. Counted, not measured.
     """
-    rows, nnz = walk.rows, len(walk.indices)
+    rows, nnz, n = walk.rows, len(walk.indices), max(64, n)
     density = nnz / max(1, rows * walk.columns)
     if dtype not in _SIXTEEN_BITS:
         return "dense" if dense_is_faster(density, dtype) else "walk"
     if density > 2 * _DENSE_FROM[dtype]:
         return "dense"
-    blocks = len(walk.vectors.columns)
+    blocks = walk.slots.blocks
     clocks = {
         "dense": rows * walk.columns * _DENSE_FROM[dtype],
         "walk": nnz * 2.5,
-        "vectors": blocks * 24 * (1 + 128 / max(64, n)),
+        "slots": max(blocks * 21, -(-rows // 512) * walk.columns * 4.5) + blocks * 9 * 64 / n,
     }
     return min(clocks, key=lambda name: clocks[name])
 
@@ -252,9 +254,9 @@ def _forward(
     way = _fastest(prepared.rows, len(x), x.dtype)
     if way == "walk":
         return multiply(prepared.rows, x, values, bias, relu, feature_major)
-    if way == "vectors":
+    if way == "slots":
         out = _empty(x, out_features, feature_major)
-        return multiply_vectors(prepared.rows.vectors, x, values, bias, relu, out)
+        return multiply_slots(prepared.rows.slots, x, values, bias, relu, out)
     weight = _scatter(values, prepared)
     if feature_major:
         y = (weight @ x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
@@ -273,12 +275,10 @@ def _backward(
     nothing = x.new_empty(0)
     if want_x and not want_values:  # a product of its own, with the transpose
         way = _fastest(prepared.columns, len(dy), dy.dtype)
-        if way == "vectors":
+        if way == "slots":
             by_column = values.index_select(0, prepared.permutation)
             out = _empty(dy, prepared.shape[1], feature_major)
-            return multiply_vectors(
-                prepared.columns.vectors, dy, by_column, None, False, out
-            ), nothing
+            return multiply_slots(prepared.columns.slots, dy, by_column, None, False, out), nothing
     if dense_is_faster(prepared.density, x.dtype):
         dx = nothing
         if want_x:
