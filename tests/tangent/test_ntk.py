@@ -15,6 +15,7 @@ from oracle import relative_error
 from torch import nn
 
 import jacpot
+from jacpot.tangent.jacobian import JacobianSource
 
 
 def net():
@@ -116,7 +117,7 @@ def test_an_interrupted_computation_continues(tmp_path):
         jacpot.ntk(module, x, outputs="trace", batch_size=2, out=path)
     journal = tmp_path / "k.npy.jacpot-journal"
     assert [line.split()[:2] for line in journal.read_text().splitlines()[1:]] == [
-        ["0", "0"], ["0", "1"], ["0", "2"],
+        ["0", "0"], ["0", "1"], ["1", "1"], ["0", "2"], ["1", "2"], ["2", "2"],
     ]  # fmt: skip
     before = numpy.load(path, mmap_mode="r+")
     before[0, 0] = 123.0  # of a finished block: it must not be computed again
@@ -167,7 +168,7 @@ def test_killed_halfway_it_continues(tmp_path):
 
     assert run("kill") == -signal.SIGKILL
     journal = tmp_path / "k.npy.jacpot-journal"
-    assert len(journal.read_text().splitlines()) == 1 + 5
+    assert len(journal.read_text().splitlines()) == 1 + 15
     assert run("live") == 0
     torch.manual_seed(0)
     module, x = nn.Linear(4, 2), torch.randn(12, 4)
@@ -182,6 +183,53 @@ def test_factors_are_computed_once_where_memory_allows():
     module.calls = 0
     jacpot.ntk(module, x, batch_size=2)
     assert module.calls == once + 3
+
+
+def captured(monkeypatch, *arguments, **options):
+    """Give the kernel, and how many blocks of factors were computed for it."""
+    blocks = []
+    take = JacobianSource.__call__
+
+    def count(source, x, examples=None, targets=None):
+        if examples is None or examples != slice(1):  # which is how memory is measured
+            blocks.append(examples)
+        return take(source, x, examples, targets)
+
+    monkeypatch.setattr(JacobianSource, "__call__", count)
+    return jacpot.ntk(*arguments, **options), len(blocks)
+
+
+@pytest.mark.parametrize(("held", "expected"), [(1, 55), (2, 30), (3, 22), (5, 15), (10, 10)])
+def test_factors_are_computed_once_for_each_band_of_blocks(monkeypatch, held, expected):
+    """Of ten blocks as many are held as fit; those behind them pass by once for all of these."""
+    module, x = net(), examples(40)
+    one = jacpot.jacobian(module, x[:1]).nbytes
+    budget = held * 4 * one * 8 // 5 + 8  # five eighths are for what is held
+    kernel, blocks = captured(
+        monkeypatch, module, x, outputs="trace", batch_size=4, memory_budget=budget
+    )
+    assert relative_error(kernel, jacpot.jacobian(module, x).gram(outputs="trace")) < 1e-12
+    assert blocks == expected
+
+
+def test_factors_of_two_sides_are_computed_once_for_each_band(monkeypatch):
+    module, x, other = net(), examples(12), examples(8, 2)
+    one = jacpot.jacobian(module, x[:1]).nbytes
+    options = {"outputs": "trace", "batch_size": 2, "memory_budget": 3 * 2 * one * 8 // 5 + 8}
+    kernel, blocks = captured(monkeypatch, module, x, other, **options)
+    expected = jacpot.jacobian(module, x).gram(jacpot.jacobian(module, other), outputs="trace")
+    assert relative_error(kernel, expected) < 1e-12
+    assert blocks == 6 + 2 * 4
+
+
+def test_what_is_finished_is_not_captured_again(monkeypatch, tmp_path):
+    module, x, path = Failing(), examples(8), tmp_path / "k.npy"
+    x[7], module.fails = 9, True
+    with pytest.raises(OSError, match="went down"):
+        jacpot.ntk(module, x, outputs="trace", batch_size=2, out=path)
+    module.fails = False
+    _, blocks = captured(monkeypatch, module, x, outputs="trace", batch_size=2, out=path)
+    assert blocks == 4  # the last column's, and what it meets
 
 
 def test_progress_is_shown(capsys):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ def ntk(
     out: Any = None,
     progress: bool = False,
     output: Output | None = None,
-    memory_budget: int = 1 << 32,
+    memory_budget: int | None = None,
     precision: Precision = "exact",
 ) -> Any:
     """Compute the tangent kernel ``J(x1) J(x2)ᵀ`` of a network.
@@ -61,8 +62,9 @@ def ntk(
     progress
         Show a progress bar.
     memory_budget
-        Bytes for the factors and one block, about; ``out`` is not counted. Factors that fit are
-        computed once; others once for each row of blocks.
+        Bytes for the factors and one block, about; ``out`` is not counted. None: 4 GiB, or half of
+        a GPU's memory. Factors that fit are computed once. Else as many examples as fit are held at
+        a time, in five eighths of it, while those of all others pass by.
     precision
         ``"3xtf32"`` and ``"tf32"`` allow the tensor cores of a GPU, see
         `jacpot.ops.jacobian.gram`.
@@ -102,13 +104,15 @@ def ntk(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
     check_precision(precision)
+    if memory_budget is None:
+        memory_budget = _memory_budget(next(module.parameters(), None))
     source = JacobianSource(module, x1, mask, wrt, output, memory_budget=memory_budget // 4)
     n, k = n_examples(x1), source.n_outputs
     m = n if x2 is None else n_examples(x2, "x2")
     per_pair = {"full": k * k, "trace": 1, "diagonal": k}[outputs]
     blocks = 1 + IN_FLIGHT if leaves_gpu(source.network.device, out) else 1
     sides = 1 if x2 is None else 2
-    step = batch_size or _batch_size(source, x1, max(n, m), per_pair * blocks, memory_budget, sides)
+    step, width = _plan(source, x1, max(n, m), per_pair * blocks, memory_budget, sides, batch_size)
     if out is None and step >= max(n, m):
         left, right = source(x1), None if x2 is None else source(x2)
         finish = left.prepared_gram(right, outputs, precision)
@@ -130,65 +134,71 @@ def ntk(
         words = [outputs, wrt, precision, shape, sorted(source.network.mask)]
         header["fingerprint"] = fingerprint(words, [*state, *inputs])
     symmetric = x2 is None
-    rows = _Side(source, x1, step, memory_budget // 2)
-    columns = rows if x2 is None else _Side(source, x2, step, memory_budget // 2)
+    rows, columns, right_x = _cut(n, step), _cut(m, step), x1 if x2 is None else x2
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(target.journal, header, target.flush))
         advance = stack.enter_context(_bar(n * m, progress))
-        for i in range(len(rows)):
-            here = rows.examples(i)
-            for j in range(i if symmetric else 0, len(columns)):
-                there = columns.examples(j)
-                mirrored = symmetric and j > i
-                if (i, j) not in journal.finished:
-                    other = None if symmetric and j == i else columns[j]
-                    block = rows[i].gram(other, outputs, precision)
-                    places = _places(outputs, here, there, mirrored)
+        for first in range(0, len(rows), width):
+            band = range(first, min(first + width, len(rows)))
+            held: dict[int, Jacobian] = {}
+            for j in range(first if symmetric else 0, len(columns)):
+                met = [i for i in band if i <= j or not symmetric]
+                missing = [i for i in met if (i, j) not in journal.finished]
+                passing = None  # its memory is free for the next one
+                if missing:
+                    passing = source(right_x, columns[j])
+                    if symmetric and j in band:
+                        held[j] = passing
+                for i in missing:
+                    if i not in held:
+                        held[i] = source(x1, rows[i])
+                    block = held[i].gram(
+                        None if symmetric and i == j else passing, outputs, precision
+                    )
+                    places = _places(outputs, rows[i], columns[j], symmetric and i != j)
                     target.write(block, places, partial(journal.done, (i, j)))
-                pairs = (here.stop - here.start) * (there.stop - there.start)
-                advance(pairs * (2 if mirrored else 1))
-            rows.forget(i)
+                    del block
+                pairs = sum(rows[i].stop - rows[i].start for i in met)
+                mirrored = sum(rows[i].stop - rows[i].start for i in met if symmetric and i != j)
+                advance((pairs + mirrored) * (columns[j].stop - columns[j].start))
         target.finish()
     return target.array
 
 
-class _Side:
-    """Jacobians of blocks of examples, kept as far as memory allows."""
-
-    def __init__(self, source: JacobianSource, x: Inputs, step: int, budget: int) -> None:
-        self.source, self.x, self.step, self.budget = source, x, step, budget
-        self.n = n_examples(x)
-        self._kept: dict[int, Jacobian] = {}
-
-    def __len__(self) -> int:
-        return -(-self.n // self.step)
-
-    def examples(self, i: int) -> slice:
-        return slice(i * self.step, min((i + 1) * self.step, self.n))
-
-    def __getitem__(self, i: int) -> Jacobian:
-        if i not in self._kept:
-            found = self.source(self.x, self.examples(i))
-            if self._kept and (1 + len(self._kept)) * found.nbytes > self.budget:
-                return found
-            self._kept[i] = found
-        return self._kept[i]
-
-    def forget(self, i: int) -> None:
-        self._kept.pop(i, None)
+def _cut(n: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _batch_size(
-    source: JacobianSource, x: Inputs, n: int, per_pair: int, budget: int, sides: int
-) -> int:
-    """Examples of which two blocks' factors, and the block of the kernel, fit the budget."""
+def _memory_budget(parameter: Tensor | None) -> int:
+    if parameter is None or not parameter.is_cuda:
+        return 1 << 32
+    # Of all memory, not of what is free: blocks of a kernel on disk must be the same next time.
+    return int(torch.cuda.get_device_properties(parameter.device).total_memory) // 2
+
+
+def _plan(
+    source: JacobianSource,
+    x: Inputs,
+    n: int,
+    per_pair: int,
+    budget: int,
+    sides: int,
+    batch_size: int | None,
+) -> tuple[int, int]:
+    """Say how many examples a block has, and how many blocks are held while others pass by.
+
+    What is held takes five eighths of the budget, what passes by one eighth; a quarter is for
+    computing it.
+    """
     pairs = math.isqrt(budget // max(1, 4 * per_pair * source.dtype.itemsize))
     few = budget // (8 * max(1, source.n_outputs * source.probe.bytes_per_example))
+    each = 0
     if n > few:  # too many for a guess: measure
         each = max(1, source(x, slice(1)).nbytes)
         one_block = n <= pairs and sides * n * each <= budget // 2
-        few = n if one_block else budget // (4 * each)
-    return max(1, min(n, pairs, few))
+        few = n if one_block else budget // (8 * each)
+    step = batch_size or max(1, min(n, pairs, few))
+    return step, max(1, budget * 5 // 8 // (each * step)) if each else max(1, n)
 
 
 def _places(outputs: Outputs, here: slice, there: slice, mirrored: bool) -> list[Place]:
