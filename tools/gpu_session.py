@@ -2,6 +2,9 @@
 
     python tools/gpu_session.py --out runs/gpu --minutes 25
 
+Where one command may take less than everything, the same one again goes on with the stages that
+are left: how each of them ended is kept beside the build. ``--again`` begins anew.
+
 Builds with CUDA for the GPU at hand, in a tree of links that leaves an installation alone, and then
 runs the tests marked ``cuda``, the benchmarks, and the sanitizers. Each stage has a time limit of
 its own, and all of them share the minutes given. What is printed goes to ``session.log`` at once,
@@ -16,7 +19,9 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -32,6 +37,7 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda"
 SITE = BUILD / "site"
+DONE = BUILD / "session.json"
 RUN = [sys.executable, str(ROOT / "tools" / "run_from.py"), str(SITE), "-m"]
 
 
@@ -123,10 +129,11 @@ def run(stage: Stage, seconds: float, log: TextIO) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
         left = max(1.0, end - time.monotonic())
-        timer = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))
+        timer = threading.Timer(left, kill_group, (process.pid,))
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -136,6 +143,20 @@ def run(stage: Stage, seconds: float, log: TextIO) -> str:
         if code != 0:
             return "out of time" if code == -signal.SIGKILL else f"failed ({code})"
     return "ok"
+
+
+def kill_group(process: int) -> None:
+    """End a process and what it has started, unless they have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
+def done() -> dict[str, str]:
+    """Say how the stages of the commands before ended, those that had their whole time."""
+    try:
+        return dict(json.loads(DONE.read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def tell(line: str, log: TextIO) -> None:
@@ -151,14 +172,20 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=25.0, help="for everything together")
     options.add_argument("--architectures", default="native", help="as CMake names them")
     options.add_argument("--only", nargs="+", help="stages by name, in their own order")
+    options.add_argument("--again", action="store_true", help="do what is done already, too")
     arguments = options.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     summary, failed = [], False
+    ended = {} if arguments.again else done()
     with (out / "session.log").open("a") as log:
         for stage in stages(out, arguments.architectures):
             if arguments.only and stage.name not in arguments.only:
+                continue
+            # What has changed since is built again; that takes seconds where nothing has.
+            if stage.name in ended and not stage.essential:
+                summary.append(f"{stage.name:16} {ended[stage.name]:20} before")
                 continue
             began = time.monotonic()
             seconds = min(stage.seconds, end - began)
@@ -168,6 +195,10 @@ def main() -> int:
                 outcome = run(stage, seconds, log)
                 if stage.name == "build" and outcome == "ok":
                     links()
+                if outcome != "out of time" or seconds == stage.seconds:
+                    ended[stage.name] = outcome
+                    BUILD.mkdir(parents=True, exist_ok=True)
+                    DONE.write_text(json.dumps(ended))
             summary.append(f"{stage.name:16} {outcome:20} {time.monotonic() - began:6.0f} s")
             tell(summary[-1], log)
             failed |= outcome != "ok"

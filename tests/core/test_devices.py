@@ -75,7 +75,8 @@ def test_products_do_not_wait_for_the_device(real_gpu):
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        calls[0](), calls[2]()
+        for call in calls:
+            call()
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

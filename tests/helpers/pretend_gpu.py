@@ -73,6 +73,9 @@ class GpuTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def new_tensor(self, data: Any, **options: Any) -> torch.Tensor:
+        return torch.tensor(data, **{"dtype": self.dtype, **options}).to(GPU)
+
     def __deepcopy__(self, memo: Any) -> GpuTensor:
         copied = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):

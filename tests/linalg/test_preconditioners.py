@@ -7,6 +7,7 @@ import torch
 
 import jacpot
 from jacpot.linalg import DenseOperator, Status
+from jacpot.linalg.operator import power_of_two, power_of_two_above
 from jacpot.linalg.preconditioners import Diagonal, Identity, Nystrom, PartialCholesky
 from jacpot.linalg.preconditioners.partial_cholesky import random_pivoted_cholesky
 
@@ -147,3 +148,12 @@ def test_a_preconditioner_that_is_not_positive_definite_is_named(method):
     a, b = kernel(30), torch.ones(30, 1, dtype=torch.float64)
     solution = jacpot.solve(a, b, 0.1, method=method, preconditioner=lambda v: -v)
     assert solution.status is Status.preconditioner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_powers_of_two_of_columns_are_those_of_numbers(dtype):
+    sizes = [0.0, 1.0, -3.0, 2.0**-140, 5e-324, 1e300, torch.inf, torch.nan, 0.75, 8.0]
+    columns = torch.tensor([sizes, [0.0] * len(sizes)], dtype=torch.float64).to(dtype)
+    expected = [power_of_two_above(size) for size in columns.abs()[0].tolist()]
+    assert power_of_two(columns).tolist() == expected
+    assert power_of_two(columns[:0]).tolist() == [1.0] * len(sizes)

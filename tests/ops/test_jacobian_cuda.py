@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -347,6 +349,31 @@ def test_precision_of_rows(kernels, monkeypatch, precision):
     finally:
         torch.set_float32_matmul_precision(before)
     assert set(asked) == {"high" if precision == "tf32" else "highest"}
+
+
+def test_what_units_keep_is_found_once_for_a_pattern(kernels, monkeypatch):
+    """That is what waits for the device: blocks of one pattern share it."""
+    a, s, mask = factors(5, 2, 1, 1, 7, 11, torch.float64, 2, 0.4)
+    pattern = jacpot.Pattern(mask)
+    blocks = [ops.Factors(x[:n], d[:n], pattern) for n, x, d in ((5, a, s), (3, a, s))]
+    assert blocks[0].row_offsets is blocks[1].row_offsets
+    found = []
+
+    def find(offsets, columns, inputs):
+        found.append(plain(offsets, columns, inputs))
+        return found[-1]
+
+    plain = cuda._inputs_of_units
+    monkeypatch.setattr(cuda, "_inputs_of_units", find)
+    rows = rows_of([(a, s, mask)], False)
+    close(ops.gram([blocks[0]]), oracle.gram(rows, rows, "full"), torch.float64)
+    close(ops.gram([blocks[1]]), oracle.gram(rows[:3], rows[:3], "full"), torch.float64)
+    assert found[0] is found[1]
+    known = len(cuda._inputs)
+    found.clear()
+    del blocks, pattern
+    gc.collect()
+    assert len(cuda._inputs) < known
 
 
 def test_masked_layers_are_added_in_panels_of_units(kernels, monkeypatch):

@@ -440,9 +440,12 @@ def power_of_two_above(size: float) -> float:
 
 
 def power_of_two(columns: Tensor) -> Tensor:
-    """Give for each column a power of two above its largest element; 1 where all are zero."""
+    """Give for each column a power of two above its largest element; 1 where all are zero.
+
+    As :func:`power_of_two_above`, without waiting for a GPU.
+    """
     if columns.shape[0] == 0:
         return torch.ones(columns.shape[1], dtype=torch.float64, device=columns.device)
-    sizes = columns.abs().amax(dim=0).tolist()
-    scales = [power_of_two_above(size) for size in sizes]
-    return torch.tensor(scales, dtype=torch.float64).to(columns.device)
+    sizes = columns.abs().amax(dim=0).double()
+    exponents = torch.where(sizes.isfinite(), torch.frexp(sizes).exponent, 0).clamp(-1000, 1000)
+    return (exponents.long() + 1023 << 52).view(torch.float64)  # the bits of 2 to that power

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from jacpot._backend import core, threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
@@ -44,6 +45,20 @@ class KeptWeights(Protocol):
     @property
     def column_indices(self) -> Any:
         """Column of each kept weight, rising inside a row."""
+
+
+_known: Any = WeakTensorKeyDictionary()
+
+
+def _row_offsets(pattern: KeptWeights, device: torch.device) -> Tensor:
+    """Give row offsets in int64: of one pattern the same tensor, by which kernels know it."""
+    block = getattr(pattern, "block", None)
+    known: Tensor | None = None if block is None else _known.get(block)
+    if known is None or known.device != device:
+        known = torch.as_tensor(pattern.row_offsets).to(device, torch.int64)
+        if block is not None:
+            _known[block] = known
+    return known
 
 
 def _tensor(array: Any, name: str, rank: int) -> Tensor:
@@ -150,7 +165,7 @@ class Factors(OfSignals):
         """Where the kept weights of each of the ``G·O`` rows begin and end, int64."""
         if self.pattern is None:
             raise RuntimeError("a block without a pattern has no row offsets")
-        return torch.as_tensor(self.pattern.row_offsets).to(self.device, torch.int64)
+        return _row_offsets(self.pattern, self.device)
 
     @cached_property
     def column_indices(self) -> Tensor:

@@ -2,16 +2,19 @@
 
 Plain products of matrices are cuBLAS's. What is ours is what it has not: the fused Gram matrix, the
 products with sparse weights, the signs of a sketch.
+
+Nothing here waits for the device but the first use of a pattern by the Gram matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from jacpot import _backend
 from jacpot.ops import masked_matmul_cuda as sparse
@@ -59,14 +62,8 @@ def _add_masked(layer: Layer, outputs: str, out: Tensor) -> None:
     assert columns is not None
     b, d = (a, s) if right is None else right
     (n, t, g, i), m, o = a.shape, len(b), s.shape[4]
-    counts = offsets.diff()
-    longest = int(counts.max()) if len(counts) else 0  # waits for the device, once a layer
-    # Which inputs a unit keeps; behind them, one that is zero.
-    kept = torch.full((g * o, longest), i, device=a.device)
-    unit = torch.repeat_interleave(
-        torch.arange(g * o, device=a.device), counts, output_size=len(columns)
-    )
-    kept[unit, torch.arange(len(columns), device=a.device) - offsets[unit]] = columns.long()
+    kept = _inputs_of_units(offsets, columns, i)
+    longest = kept.shape[1]
     step = max(1, PANEL_BYTES // (a.element_size() * max(1, n * m + (n + m) * longest)))
 
     def gathered(x: Tensor, position: int, group: int, units: slice) -> Tensor:
@@ -88,6 +85,29 @@ def _add_masked(layer: Layer, outputs: str, out: Tensor) -> None:
                         products += 1
                     signals = s[:, :, left, group, units], d[:, :, other, group, units]
                     _add_units(products, *signals, outputs, right is None, out)
+
+
+_inputs: Any = WeakTensorKeyDictionary()
+
+
+def _inputs_of_units(offsets: Tensor, columns: Tensor, inputs: int) -> Tensor:
+    """Which inputs each unit keeps, (units, most); behind them, one that is zero.
+
+    The first use of a pattern waits for the device, which knows how many are most.
+    """
+    known: Tensor | None = _inputs.get(offsets)
+    if known is not None:
+        return known
+    counts = offsets.diff()
+    units = torch.arange(len(counts), device=offsets.device)
+    kept = torch.full(
+        (len(counts), int(counts.max()) if len(counts) else 0), inputs, device=offsets.device
+    )
+    unit = torch.repeat_interleave(units, counts, output_size=len(columns))
+    places = torch.arange(len(columns), device=offsets.device) - offsets[unit]
+    kept[unit, places] = columns.long()
+    _inputs[offsets] = kept
+    return kept
 
 
 def _add_units(

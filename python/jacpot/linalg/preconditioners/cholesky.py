@@ -20,7 +20,8 @@ class Cholesky(Preconditioner):
     """``(L Lᵀ)⁻¹`` of ``A + damping·I``, factored in float32 and in float64 only if that fails.
 
     With it conjugate gradients are iterative refinement that also converges where the float32
-    factor is a poor inverse: a few iterations of n² work after n³/3 at float32 speed.
+    factor is a poor inverse: a few iterations of n² work after n³/3 at float32 speed. Preparing it
+    waits for a GPU once for each factor, to learn whether it exists; applying it never does.
 
     Examples
     --------
@@ -37,17 +38,18 @@ class Cholesky(Preconditioner):
         if operator.shape[0] == 0:
             return Prepared(None, "none")
         matrix = operator.dense()
-        scale = float(matrix.diagonal().abs().max())
-        if not 0 < scale < float("inf"):
-            return Prepared(None, "none (the diagonal is zero or not finite)")
+        largest = matrix.diagonal().abs().max().double()
         for dtype in (torch.float32, torch.float64):
             # Scaled to a diagonal near one, so that float32 neither over- nor underflows.
             scaled = torch.empty_like(matrix, dtype=dtype)
             for i in range(0, len(matrix), PANEL):  # in pieces that stay in cache
-                scaled[i : i + PANEL] = matrix[i : i + PANEL] / scale
-            scaled.diagonal().add_(damping / scale)
+                scaled[i : i + PANEL] = matrix[i : i + PANEL] / largest
+            scaled.diagonal().add_(damping / largest)
             factor, info = torch.linalg.cholesky_ex(scaled)
-            if int(info) == 0:
+            scale, failed = torch.stack([largest, info.double()]).tolist()  # the only wait
+            if not 0 < scale < float("inf"):
+                return Prepared(None, "none (the diagonal is zero or not finite)")
+            if not failed:
                 name = str(dtype).removeprefix("torch.")
                 return Prepared(_Solve(factor, scale), f"cholesky({name})")
         return Prepared(None, "none (not positive definite to rounding)")
