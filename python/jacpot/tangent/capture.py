@@ -39,6 +39,7 @@ from jacpot.tangent.network import (
 )
 from jacpot.tangent.probe import Probe, forget, stand_in
 from jacpot.tangent.recorder import Call, Recorder
+from jacpot.tangent.room import Room
 from jacpot.tangent.rules import Rows, Term
 from jacpot.tangent.rules.terms import Fold, reduced
 
@@ -46,12 +47,12 @@ __all__ = ["Captured", "capture"]
 
 # Signals up to this size go back through the network as one batch. Larger ones leave the cache on
 # their way, and every operation pays for fresh memory: then one output after the other is faster.
-TOGETHER_BYTES = 16 << 20
+TOGETHER_BYTES = 32 << 20
 
 # Where rows take less room than the factors they are made of, factors are multiplied out a few
 # examples at a time, while they are near, and never stored: this many bytes of signals, but no
 # fewer examples than make a layer's products efficient.
-PART_BYTES = 64 << 20
+PART_BYTES = 32 << 20
 PART_EXAMPLES = 4
 
 _announced: set[str] = set()
@@ -125,9 +126,11 @@ def capture(
     if probed.reduces and network.device.type == "cpu":
         few = PART_BYTES // max(1, probed.n_outputs * probed.bytes_per_example)
         step = min(step, max(few, PART_EXAMPLES))
+    room = Room(n)
     for begin in range(0, max(n, 1), step):
         part = slice(begin, begin + step)
-        yield from _capture_part(network, take(x, part), take(targets, part), probed)
+        room.begin(begin)
+        yield from _capture_part(network, take(x, part), take(targets, part), probed, room)
 
 
 def _announce(network: Network, probed: Probe) -> None:
@@ -145,7 +148,9 @@ def _announce(network: Network, probed: Probe) -> None:
             )
 
 
-def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> Iterator[Captured]:
+def _capture_part(
+    network: Network, x: Inputs, targets: Any, probed: Probe, room: Room
+) -> Iterator[Captured]:
     keep = n_examples(x)
     if keep == 0:  # most layers refuse an empty batch: run one example, and keep nothing of it
         x, targets = stand_in(x, 1), stand_in(targets, 1)
@@ -153,18 +158,24 @@ def _capture_part(network: Network, x: Inputs, targets: Any, probed: Probe) -> I
     if probed.writes_input or (probed.remembered and n == 1):
         x = over_tensors(x, torch.clone)
     if probed.together or n == 1:
-        yield _together(network, x, targets, probed, keep)
+        yield _together(network, x, targets, probed, keep, room)
         return
-    captured = None if probed.differentiates else _mapped_if_possible(network, x, targets, probed)
+    captured = (
+        None if probed.differentiates else _mapped_if_possible(network, x, targets, probed, room)
+    )
     if captured is not None:
         yield captured
         return
+    first = room.example
     for i in range(n):
         row = slice(i, i + 1)
-        yield _together(network, take(x, row), take(targets, row), probed, 1)
+        room.begin(first + i)
+        yield _together(network, take(x, row), take(targets, row), probed, 1, room)
 
 
-def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: int) -> Captured:
+def _together(
+    network: Network, x: Inputs, targets: Any, probed: Probe, keep: int, room: Room
+) -> Captured:
     """Capture all examples in one run of the network as it is."""
     n = n_examples(x)
     leaves = {name: p.detach().requires_grad_() for name, p in network.parameters.items()}
@@ -193,7 +204,7 @@ def _together(network: Network, x: Inputs, targets: Any, probed: Probe, keep: in
         seen.append(Seen(call, {} if call.rule.local else {call.rule.input: given}, arrived))
     rows = dict(zip(leaves, found[len(edges) :], strict=False))
     rows = {name: None if r is None else r[:, None] for name, r in rows.items()}
-    captured = _finish(outputs, seen, rows, Fold(n, keep))
+    captured = _finish(outputs, seen, rows, Fold(n, keep), room)
     return _led_back(captured, recorder) if isinstance(recorder, Follower) else captured
 
 
@@ -254,19 +265,19 @@ def _example_axis(call: Call, probed: Sequence[Mapping[int, int]], n: int) -> in
 
 
 def _mapped_if_possible(
-    network: Network, x: Inputs, targets: Any, probed: Probe
+    network: Network, x: Inputs, targets: Any, probed: Probe, room: Room
 ) -> Captured | None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return _mapped(network, x, targets, probed)
+            return _mapped(network, x, targets, probed, room)
     except RuntimeError as error:
         if not cannot_map(error):
             raise
     return None
 
 
-def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Captured:
+def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe, room: Room) -> Captured:
     """Capture through `torch.func.vmap`: the network sees one example at a time."""
     n = n_examples(x)
     covered = {key: p for key, p in network.parameters.items() if key not in probed.uncovered}
@@ -310,7 +321,8 @@ def _mapped(network: Network, x: Inputs, targets: Any, probed: Probe) -> Capture
             given = {name: v.flatten(0, 1) if v.ndim > 1 else v for name, v in given.items()}
             signal = None if signal is None else signal.flatten(1, 2)
         seen.append(Seen(call, given, signal))
-    return _finish(outputs, seen, dict(zip(copies, found[len(taps) :], strict=True)), Fold(n, n))
+    rows = dict(zip(copies, found[len(taps) :], strict=True))
+    return _finish(outputs, seen, rows, Fold(n, n), room)
 
 
 def _signals(outputs: Tensor, sources: Sequence[Any], probed: Probe) -> Sequence[Tensor | None]:
@@ -329,6 +341,7 @@ def _finish(
     calls: Sequence[Seen],
     rows: Mapping[str, Tensor | None],
     fold: Fold,
+    room: Room,
 ) -> Captured:
     """Apply the rules to what was seen; ``rows`` ``(K, N, ...)`` are of what no rule covers."""
     if not _is_finite(outputs):
@@ -341,7 +354,11 @@ def _finish(
         arguments = {**seen.call.arguments, **seen.given}
         shares = seen.call.rule.function(arrived, **arguments)
         named = reduced(
-            {name: shares[argument].folded(fold) for argument, name in seen.call.parameters.items()}
+            {
+                name: shares[argument].folded(fold)
+                for argument, name in seen.call.parameters.items()
+            },
+            room,
         )
         # Rows, where all is rows, are smaller than what they are made of, and no more finite.
         if not all(isinstance(term, Rows) and _is_finite(term.values) for term in named.values()):

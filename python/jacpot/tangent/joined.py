@@ -12,6 +12,7 @@ from jacpot.ops import jacobian as kernels
 from jacpot.ops.jacobian import Block
 from jacpot.tangent.factored import Jacobian
 from jacpot.tangent.pieces import stacked
+from jacpot.tangent.room import in_a_row
 
 __all__ = ["joined"]
 
@@ -55,7 +56,9 @@ def _joined_block(parts: Sequence[Block]) -> Block:
     return kernels.Rows(_stacked([p.rows for p in parts if isinstance(p, kernels.Rows)]))
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    first = parts[0]
+def _stacked(parts: list[Tensor]) -> Tensor:
+    first, whole = parts[0], in_a_row(parts)
+    if whole is not None:
+        return whole
     out = empty((sum(len(part) for part in parts), *first.shape[1:]), like=first)
-    return torch.cat(list(parts), out=out)
+    return torch.cat(parts, out=out)

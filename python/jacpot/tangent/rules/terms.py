@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch.nn.functional as F
@@ -105,11 +106,17 @@ class Outer:
         weights = g * o * i if self.pattern is None else self.pattern.nnz
         return t > 1 and k * weights < t * g * (k * o + i)
 
-    def rows(self) -> Tensor:
-        """Multiply out, ``(M, K, G·O·I)`` in the parameter's own order."""
+    def rows(self, room: Callable[..., Tensor] | None = None) -> Tensor:
+        """Multiply out, ``(M, K, G·O·I)`` in the parameter's own order.
+
+        ``room(shape, like)`` may be asked for memory for them.
+        """
         a = self.activations
         if isinstance(a, Windows):
-            product = a.rows(self.signals)
+            if self.transposed or self.pattern is not None:
+                room = None
+            shape = *self.signals.shape[:2], math.prod(self.shape)
+            product = a.rows(self.signals, room and room(shape, self.signals))
         else:
             product = dense([Factors(a, self.signals)])
         if self.transposed:
@@ -235,17 +242,23 @@ class Rows:
 Term: TypeAlias = Outer | LookedUp | Summed | Rows
 
 
-def reduced(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """Multiply out the factors that take more room than their rows, and biases that share them."""
+def reduced(terms: Mapping[str, Term], room: Callable[..., Tensor]) -> dict[str, Term]:
+    """Multiply out the factors that take more room than their rows, and biases that share them.
+
+    ``room(name, shape, like)`` may be asked for memory for the rows.
+    """
     kept = {
         id(term.signals)
         for term in terms.values()
         if isinstance(term, Outer | LookedUp) and not term.reduces
     }
-    return {
-        name: term if isinstance(term, Rows) or id(term.signals) in kept else Rows(term.rows())
-        for name, term in terms.items()
-    }
+
+    def multiplied(name: str, term: Term) -> Term:
+        if isinstance(term, Rows) or id(term.signals) in kept:
+            return term
+        return Rows(term.rows(partial(room, name)) if isinstance(term, Outer) else term.rows())
+
+    return {name: multiplied(name, term) for name, term in terms.items()}
 
 
 def positions(x: Tensor, first: int, last: int) -> tuple[int, ...]:
