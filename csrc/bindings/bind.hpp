@@ -6,6 +6,7 @@
 namespace jacpot {
 
 void bind_build_info(pybind11::module_& m);
+void bind_convolution(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_krylov(pybind11::module_& m);
 void bind_linear_layer(pybind11::module_& m);

@@ -12,7 +12,6 @@
 #include "jacobian/products.hpp"
 #include "jacobian/signs.hpp"
 #include "jacobian/windows.hpp"
-#include "jacobian/winograd.hpp"
 
 namespace jacpot {
 namespace {
@@ -267,45 +266,6 @@ void rows_of_windows(py::handle x, py::handle places, py::handle runs, std::int6
   });
 }
 
-// activations (N, G·I, height + 2, width + 2), signals (N, K, G, O, height, width)
-void rows_of_convolution(py::handle activations, py::handle signals, py::handle out, int threads) {
-  const Array result(out, "out", Access::write), a(activations, "activations"),
-      s(signals, "signals");
-  result.expect_cpu();
-  s.expect_like(result).expect_shape(
-      {Array::any, Array::any, Array::any, Array::any, Array::any, Array::any});
-  a.expect_like(result).expect_contiguous().expect_shape(
-      {s.shape(0), Array::any, s.shape(4) + 2, s.shape(5) + 2});
-  std::int64_t step = 1;
-  for (int d = 5; d > 1; step *= s.shape(d--))
-    if (s.shape(d) > 1 && s.stride(d) != step)
-      throw py::value_error("argument 'signals' must be contiguous but for its first two axes");
-  if (s.shape(2) == 0 || a.shape(1) % s.shape(2) != 0)
-    throw py::value_error("argument 'activations' must have as many channels for every group");
-  dispatch_float(result, [&]<class T>() {
-    const ConvolutionLayer<T> layer{s.shape(0),
-                                    s.shape(1),
-                                    s.shape(2),
-                                    s.shape(3),
-                                    a.shape(1) / s.shape(2),
-                                    s.shape(4),
-                                    s.shape(5),
-                                    static_cast<const T*>(a.data()),
-                                    static_cast<const T*>(s.data()),
-                                    s.stride(0),
-                                    s.stride(1)};
-    const std::int64_t columns = layer.groups * layer.outputs * layer.inputs * 9;
-    result.expect_shape({layer.n, layer.k, columns});
-    T* to = result.contiguous_data<T>();
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = convolution_rows<T>(layer, to, checked_threads(threads));
-    }
-    raise_if_failed(status, "rows");
-  });
-}
-
 // out (columns, parameters), columns [first, first + columns)
 void random_signs(std::int64_t seed, std::int64_t offset, std::int64_t first, py::handle out,
                   int threads) {
@@ -424,9 +384,6 @@ void bind_jacobian(py::module_& m) {
   m.def("jacobian_window_rows", &rows_of_windows, py::arg("x"), py::arg("places"), py::arg("runs"),
         py::arg("run"), py::arg("signals"), py::arg("out"), py::arg("offset"), py::arg("threads"),
         "Writes the rows of a convolution.");
-  m.def("jacobian_convolution_rows", &rows_of_convolution, py::arg("activations"),
-        py::arg("signals"), py::arg("out"), py::arg("threads"),
-        "Writes the rows of a convolution with a kernel of 3 x 3.");
   m.def("jacobian_sparse_sketch", &sparse_sketch, py::arg("rows"), py::arg("seed"),
         py::arg("offset"), py::arg("nonzeros"), py::arg("out"), py::arg("threads"),
         "Adds rows times a sparse matrix of random signs.");

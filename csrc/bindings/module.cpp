@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, m) {
   auto cuda = m.def_submodule("cuda", "Kernels for tensors on a GPU.");
   jacpot::bind_cuda(cuda);
 #endif
+  jacpot::bind_convolution(m);
   jacpot::bind_krylov(m);
   jacpot::bind_linear_layer(m);
   jacpot::bind_masked_matmul(m);

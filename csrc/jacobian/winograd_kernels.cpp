@@ -1,25 +1,20 @@
-#include "common/simd.hpp"
-#include "jacobian/transpose.hpp"
 #include "jacobian/winograd.hpp"
+#include "jacobian/winograd_tiles.hpp"
 
 namespace jacpot::JACPOT_ISA {
 namespace {
 
-// Lanes of a vector are channels, so that every transform is plain arithmetic on vectors. Channels
-// come in blocks of a vector: planes are turned to [place][lane] before a block is transformed.
 template <class T>
-struct Winograd {
+struct Winograd : WinogradTiles<T> {
+  using Tiles = WinogradTiles<T>;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Layer = ConvolutionLayer<T>;
-  static constexpr int lanes = V::width;
-  static constexpr int points = 36, kernel = 9;
-  static constexpr int side = 4, window = 6;
+  using Tiles::blocks, Tiles::kernel, Tiles::lanes, Tiles::pad, Tiles::points, Tiles::side,
+      Tiles::turn, Tiles::window;
   static constexpr int together = 4;  // blocks of inputs that are done at a time, if
   static constexpr std::int64_t chunk_bytes = 320 << 10;  // they stay in the L2 cache
-  static constexpr std::int64_t pad = 64 / sizeof(T);     // points must not share a cache set
 
-  static std::int64_t blocks(std::int64_t channels) { return (channels + lanes - 1) / lanes; }
   static std::int64_t block_size(const Layer& l) { return l.tiles() * lanes; }
   static std::int64_t chunk(const Layer& l) {
     const std::int64_t bytes = points * block_size(l) * std::int64_t{sizeof(T)};
@@ -36,24 +31,6 @@ struct Winograd {
            points * products_step;
   }
 
-  // to [place][lane] = planes (channels, size), zero in lanes beyond the channels
-  static void turn(const T* planes, std::int64_t channels, std::int64_t size, T* to) {
-    if (channels < lanes)
-      for (std::int64_t i = 0; i < size * lanes; ++i) to[i] = T(0);
-    transpose(planes, size, channels < lanes ? channels : lanes, size, to, lanes);
-  }
-
-  // Bᵀ x, of points 0, 1, -1, 2, -2 and infinity
-  static JACPOT_INLINE void transform_activations(const Vec (&x)[window], Vec (&to)[window]) {
-    const Vec a = x[4] - T(4) * x[2], b = x[3] - T(4) * x[1], c = x[4] - x[2],
-              d = T(2) * (x[3] - x[1]);
-    to[0] = T(4) * x[0] - T(5) * x[2] + x[4];
-    to[1] = a + b;
-    to[2] = a - b;
-    to[3] = c + d;
-    to[4] = c - d;
-    to[5] = T(4) * x[1] - T(5) * x[3] + x[5];
-  }
   // G δ without its divisors, which wait for the sum over tiles
   static JACPOT_INLINE void transform_signals(const Vec (&x)[side], Vec (&to)[window]) {
     const Vec a = x[0] + x[2], b = x[1] + x[3], c = x[0] + T(4) * x[2],
@@ -79,45 +56,16 @@ struct Winograd {
   static void transform_tiles(const Layer& l, const T* turned, std::int64_t height,
                               std::int64_t width, T* to, std::int64_t step) {
     for (std::int64_t y = 0; y < l.height; y += side)
-      for (std::int64_t x = 0; x < l.width; x += side, to += lanes) {
-        Vec tile[Size][Size];
-        if (y + Size <= height && x + Size <= width) {
-#pragma GCC unroll 6
-          for (int i = 0; i < Size; ++i)
-#pragma GCC unroll 6
-            for (int j = 0; j < Size; ++j)
-              tile[j][i] = V::load(turned + ((y + i) * width + x + j) * lanes);
-        } else {
-          for (int i = 0; i < Size; ++i)
-            for (int j = 0; j < Size; ++j)
-              tile[j][i] = y + i < height && x + j < width
-                               ? V::load(turned + ((y + i) * width + x + j) * lanes)
-                               : V::zero();
-        }
-        Vec half[window][Size];
-#pragma GCC unroll 6
-        for (int j = 0; j < Size; ++j) {
-          Vec line[window];
-          Line(tile[j], line);
-#pragma GCC unroll 6
-          for (int i = 0; i < window; ++i) half[i][j] = line[i];
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < window; ++i) {
-          Vec line[window];
-          Line(half[i], line);
-#pragma GCC unroll 6
-          for (int j = 0; j < window; ++j) V::store(to + (i * window + j) * step, line[j]);
-        }
-      }
+      for (std::int64_t x = 0; x < l.width; x += side, to += lanes)
+        Tiles::template transform_tile<Size, Line>(turned, height, width, y, x, to, step);
   }
 
   static void transform(const Layer& l, const T* a, std::int64_t inputs, T* to, T* scratch) {
     const std::int64_t height = l.height + 2, width = l.width + 2, size = height * width;
     for (std::int64_t c = 0; c < inputs; c += lanes, to += block_size(l)) {
-      turn(a + c * size, inputs - c, size, scratch);
-      transform_tiles<window, transform_activations>(l, scratch, height, width, to,
-                                                     activations_step(l));
+      turn(a + c * size, size, inputs - c, size, scratch);
+      transform_tiles<window, Tiles::transform_window>(l, scratch, height, width, to,
+                                                       activations_step(l));
     }
   }
 
@@ -205,7 +153,7 @@ struct Winograd {
     T* sums = own + points * signals_step(l);
     const std::int64_t places = l.height * l.width, count = blocks(inputs);
     for (std::int64_t o = 0; o < l.outputs; o += lanes) {
-      turn(signals + o * places, l.outputs - o, places, turned);
+      turn(signals + o * places, places, l.outputs - o, places, turned);
       transform_tiles<side, transform_signals>(l, turned, l.height, l.width, own, signals_step(l));
       for (int p = 0; p < points; ++p)
         products(own + p * signals_step(l), transformed + p * activations_step(l), l.tiles(), count,

@@ -19,6 +19,7 @@ __all__: list[str] = [
     "build_info",
     "compile_pattern",
     "compress",
+    "convolution_signals",
     "describe_array",
     "describe_pattern",
     "expand",
@@ -154,6 +155,17 @@ def compress(
     values: typing.Any,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def convolution_signals(
+    signals: typing.Any,
+    weight: typing.Any,
+    seen: typing.Any,
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Takes signals back through a convolution with a kernel of 3 x 3.
+    """
+
 def describe_array(array: typing.Any, write: bool = False) -> dict:
     """
     What the checked boundary sees of an array.

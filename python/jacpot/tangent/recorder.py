@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from jacpot.nn.worn import Masked
+from jacpot.ops.convolution_layer import conv2d, relu
 from jacpot.ops.linear_layer import linear
 from jacpot.tangent.network import Inputs, Network, tensors
 from jacpot.tangent.pooling import max_pool2d
@@ -264,7 +265,14 @@ def _changes(value: Any) -> bool:
 
 
 # What computes the same as a function of torch, sooner.
-FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.max_pool2d: max_pool2d}
+FASTER: dict[Any, Callable[..., Tensor]] = {
+    F.conv2d: conv2d,
+    F.linear: linear,
+    F.max_pool2d: max_pool2d,
+    F.relu: relu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+}
 
 # Functions of torch that are made of others, some of which have a rule.
 COMPOSITES: frozenset[Any] = frozenset([F.multi_head_attention_forward])
