@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import dense
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jacpot
-from jacpot.ops.jacobian import Lookup
+from jacpot.ops.jacobian import Lookup, Rows
+from jacpot.tangent.factored import Jacobian
 
 
 class Largest(TorchDispatchMode):
@@ -85,3 +87,36 @@ def test_examples_of_other_lengths():
     )
     expected = torch.einsum("nkp,mlp->nkml", a.dense(), b.dense())
     torch.testing.assert_close(a.gram(b), expected)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_masked(kept):
+    torch.manual_seed(0)
+    net, x = Tokens(11, 3).double(), torch.randint(11, (6, 5))
+    masks = [torch.rand(11, 3) < kept, torch.rand(11, 3) < 0.5]
+    masks[0][2, 1] = True
+    j, other = (jacpot.jacobian(net, x, mask={"table.weight": mask}) for mask in masks)
+    rows = dense(net, x, {"table.weight": masks[0]})
+    table = next(block for block in j.blocks if isinstance(block, Lookup))
+    assert table.n_parameters == masks[0].sum()
+    torch.testing.assert_close(j.dense(), rows)
+    v, u = torch.randn(j.n_parameters, 2).double(), torch.randn(6, 2, 3).double()
+    torch.testing.assert_close(j @ v, rows @ v)
+    torch.testing.assert_close(j.T @ u, torch.einsum("nkp,nkr->pr", rows, u))
+    for outputs, equation in [("full", "nkp,mlp->nkml"), ("diagonal", "nkp,mkp->nmk")]:
+        torch.testing.assert_close(j.gram(outputs=outputs), torch.einsum(equation, rows, rows))
+    torch.testing.assert_close(j.row_norms(), rows.norm(dim=2))
+    torch.testing.assert_close(j.column_norms(), rows.flatten(0, 1).norm(dim=0))
+    torch.testing.assert_close(j.sketch(7), _as_rows(j).sketch(7))
+    # another mask at another point: what both keep counts
+    here, there = (net, x, masks[0]), (net, x, masks[1])
+    full = [dense(n, x, {"table.weight": m}, wrt="all") for n, x, m in (here, there)]
+    for rows_, mask in zip(full, masks, strict=True):
+        rows_[:, :, :33] *= mask.flatten()
+    torch.testing.assert_close(j.gram(other), torch.einsum("nkp,mlp->nkml", *full))
+    parts = jacpot.jacobian(net, x, mask={"table.weight": masks[0]}, memory_budget=1)
+    torch.testing.assert_close(parts.dense(), rows)
+
+
+def _as_rows(j):
+    return Jacobian(j.outputs, [Rows(j.dense())], j._columns)

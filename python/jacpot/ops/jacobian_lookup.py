@@ -29,11 +29,14 @@ class Lookup(OfSignals):
         ``δ (N, K, T, D)``: the outputs' derivatives by what was looked up.
     n_tokens
         Entries of the table, V.
+    kept
+        Kept elements of the table, ``(V, D)`` bool; None keeps all. The block's columns are then
+        the kept elements in row-major order.
 
     Raises
     ------
     TypeError
-        If tokens are not int64, or signals neither float32 nor float64.
+        If tokens are not int64, kept not bool, or signals neither float32 nor float64.
     ValueError
         If shapes do not fit each other.
 
@@ -46,6 +49,7 @@ class Lookup(OfSignals):
     tokens: Tensor
     signals: Tensor
     n_tokens: int
+    kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens, s = self.tokens, self.signals
@@ -61,6 +65,13 @@ class Lookup(OfSignals):
                 f"argument 'signals' must have shape ({n}, K, {t}, D) to go with tokens of shape "
                 f"{tuple(tokens.shape)}, got {tuple(s.shape)}"
             )
+        if self.kept is not None and self.kept.dtype != torch.bool:
+            raise TypeError(f"argument 'kept' must be bool, got {self.kept.dtype}")
+        if self.kept is not None and self.kept.shape != (self.n_tokens, s.shape[3]):
+            raise ValueError(
+                f"argument 'kept' must have shape ({self.n_tokens}, {s.shape[3]}), got "
+                f"{tuple(self.kept.shape)}"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -72,10 +83,10 @@ class Lookup(OfSignals):
         """Elements of an entry, ``D``."""
         return self.signals.shape[3]
 
-    @property
+    @cached_property
     def n_parameters(self) -> int:
-        """Columns of the block, ``V·D``."""
-        return self.n_tokens * self.width
+        """Columns of the block, ``V·D`` or as many as are kept."""
+        return self.n_tokens * self.width if self.kept is None else int(self.kept.sum())
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +102,8 @@ class Lookup(OfSignals):
     def jvp(self, vectors: Tensor) -> Tensor:
         """``J v`` for ``(R, P)`` vectors, ``(N, K, R)``: what positions look up in them."""
         r = len(vectors)
+        if self.kept is not None:
+            vectors = vectors.new_zeros(r, *self.kept.shape).masked_scatter_(self.kept, vectors)
         found = vectors.view(r, self.n_tokens, self.width)[:, self.tokens]  # (R, N, T, D)
         return self.signals.flatten(2) @ found.flatten(2).permute(1, 2, 0)
 
@@ -100,7 +113,7 @@ class Lookup(OfSignals):
         mixed = (u.mT @ self.signals.flatten(2)).view(n, r, self.n_positions, self.width)
         out = u.new_zeros(r, self.n_tokens, self.width)
         out.index_add_(1, self.tokens.flatten(), mixed.transpose(0, 1).flatten(1, 2))
-        return out.view(r, self.n_parameters)
+        return out.flatten(1) if self.kept is None else out[:, self.kept]
 
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +123,10 @@ class Lookup(OfSignals):
         distinct, place = torch.unique(pairs, return_inverse=True)
         signals = self.signals.transpose(1, 2).flatten(0, 1)
         rows = signals.new_zeros(len(distinct), *signals.shape[1:]).index_add_(0, place, signals)
-        return distinct // self.n_tokens, distinct % self.n_tokens, rows
+        seen = distinct % self.n_tokens
+        if self.kept is not None:
+            rows *= self.kept[seen, None]
+        return distinct // self.n_tokens, seen, rows
 
     def row_squares(self) -> Tensor:
         """Squared norms of the rows, ``(N, K)``."""
@@ -124,7 +140,8 @@ class Lookup(OfSignals):
         _, tokens, rows = self.sums
         squares = rows.square().sum(1)
         out = squares.new_zeros(self.n_tokens, self.width)
-        return out.index_add_(0, tokens, squares).view(self.n_parameters)
+        out.index_add_(0, tokens, squares)
+        return out.flatten() if self.kept is None else out[self.kept]
 
     def rows(self) -> Tensor:
         """Write the block out, ``(N, K, V·D)``."""
@@ -153,4 +170,7 @@ class Lookup(OfSignals):
                 place = torch.searchsorted(part, tokens[first:last])
                 met = part[place] == tokens[first:last]
                 panel[own[first:last][met], :, place[met]] = rows[first:last][met]
-            yield panel.flatten(2)
+            if self.kept is None:
+                yield panel.flatten(2)
+            else:
+                yield panel[:, :, self.kept[part]]

@@ -169,11 +169,9 @@ def assemble(
         if column.size == 0:
             continue
         if found and all(isinstance(term, LookedUp) for term in found):
-            if column.kept is None:
-                blocks.append(_lookup(found))
-                orders.append(None)
-                continue
-            found = [term.outer() for term in found if isinstance(term, LookedUp)]
+            blocks.append(_lookup(found, column))
+            orders.append(None)
+            continue
         weight = _joined(found)
         if weight is None:
             rows = _rows(found, like, column.shape.numel())
@@ -191,11 +189,15 @@ def assemble(
     return blocks, orders
 
 
-def _lookup(found: Sequence[Term]) -> Lookup:
+def _lookup(found: Sequence[Term], column: Column) -> Lookup:
     """All uses of a table, whose positions follow each other."""
     looked = [term.block for term in found if isinstance(term, LookedUp)]
     tokens, signals = [b.tokens for b in looked], [b.signals for b in looked]
-    return Lookup(_contiguous(tokens, 1), _contiguous(signals, 2), looked[0].n_tokens)
+    kept = None
+    if column.kept is not None:
+        kept = torch.zeros(column.shape, dtype=torch.bool, device=column.kept.device)
+        kept.view(-1)[column.kept] = True
+    return Lookup(_contiguous(tokens, 1), _contiguous(signals, 2), looked[0].n_tokens, kept)
 
 
 def _joined(found: Sequence[Term]) -> Outer | None:

@@ -52,6 +52,7 @@ def _joined_block(parts: Sequence[Block]) -> Block:
             torch.cat([p.tokens for p in parts if isinstance(p, kernels.Lookup)]),
             _stacked([p.signals for p in parts if isinstance(p, kernels.Lookup)]),
             first.n_tokens,
+            first.kept,
         )
     return kernels.Rows(_stacked([p.rows for p in parts if isinstance(p, kernels.Rows)]))
 

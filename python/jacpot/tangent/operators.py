@@ -46,7 +46,7 @@ def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
         )
     if isinstance(block, Lookup):
         signals = block.signals[examples].to(dtype)
-        return Lookup(block.tokens[examples], signals, block.n_tokens)
+        return dataclasses.replace(block, tokens=block.tokens[examples], signals=signals)
     return dataclasses.replace(block, rows=block.rows[examples].to(dtype))
 
 

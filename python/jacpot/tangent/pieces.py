@@ -58,6 +58,9 @@ class Piece:
         kept = wanted.nonzero().squeeze(1)
         column = dataclasses.replace(self.column, kept=kept)
         chosen = wanted[self.elements]
+        if isinstance(self.block, Lookup):
+            kept_entries = wanted.view(self.column.shape).to(self.block.device)
+            return Piece(column, dataclasses.replace(self.block, kept=kept_entries), None)
         if not isinstance(self.block, Factors):
             return Piece(column, Rows(self.rows().rows[:, :, chosen].contiguous()), None)
         g, o, i = self.block.shape
@@ -94,7 +97,7 @@ def _layout(block: Block) -> tuple[object, ...]:
     if isinstance(block, Factors):
         return Factors, block.shape, block.bias
     if isinstance(block, Lookup):
-        return Lookup, block.n_tokens, block.width
+        return Lookup, block.n_tokens, block.width, block.n_parameters
     return Rows, block.n_parameters
 
 
@@ -142,7 +145,7 @@ def stacked(parts: Sequence[Sequence[Piece]]) -> tuple[list[Block], list[Tensor 
             if isinstance(like, Factors):
                 blocks.append(Factors(given, signals, like.pattern))
             else:
-                blocks.append(Lookup(given, signals, like.n_tokens))
+                blocks.append(Lookup(given, signals, like.n_tokens, like.kept))
             orders.append(used[0].order)
         else:
             blocks.append(Rows(torch.cat([piece.rows().rows for piece in same])))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from jacpot.ops.jacobian import Factors, Lookup, dense
@@ -165,11 +164,6 @@ class LookedUp:
     def block(self) -> Lookup:
         """The same as a block of a Jacobian."""
         return Lookup(self.tokens, self.signals, self.n_tokens)
-
-    def outer(self) -> Outer:
-        """The same as that of a linear layer, whose activations have a single one."""
-        hot = F.one_hot(self.tokens, self.n_tokens).to(self.signals.dtype)
-        return Outer(hot.unsqueeze(2), self.signals.unsqueeze(3), transposed=True)
 
     def rows(self) -> Tensor:
         """Add up, ``(M, K, V·D)``."""
