@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import dense
+import torch.nn.functional as F
+from oracle import dense, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jacpot
-from jacpot.ops.jacobian import Lookup, Rows
+from jacpot.ops.jacobian import Added, Lookup, Rows
 from jacpot.tangent.factored import Jacobian
 
 
@@ -89,6 +90,24 @@ def test_examples_of_other_lengths():
     torch.testing.assert_close(a.gram(b), expected)
 
 
+def check(j, rows):
+    """Hold all that a Jacobian gives against its rows (N, K, P)."""
+    assert relative_error(j.dense(), rows) < 1e-12
+    n, k, p = rows.shape
+    v, u = torch.randn(p, 2).double(), torch.randn(n, k, 3).double()
+    torch.testing.assert_close(j @ v, rows @ v)
+    torch.testing.assert_close(j.T @ u, torch.einsum("nkp,nkr->pr", rows, u))
+    shapes = {"full": "nkp,mlp->nkml", "diagonal": "nkp,mkp->nmk", "trace": "nkp,mkp->nm"}
+    for outputs, equation in shapes.items():
+        torch.testing.assert_close(j.gram(outputs=outputs), torch.einsum(equation, rows, rows))
+    torch.testing.assert_close(j.row_norms(), rows.norm(dim=2))
+    torch.testing.assert_close(j.column_norms(), rows.flatten(0, 1).norm(dim=0))
+    plain = Jacobian(j.outputs, [Rows(rows)], j._columns)
+    torch.testing.assert_close(j.sketch(7), plain.sketch(7))
+    mixed = j.to_operator().mixed(torch.eye(k).double().expand(n, k, k) * 2)
+    torch.testing.assert_close(mixed @ v, 2 * (rows @ v).flatten(0, 1))
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
 def test_masked(kept):
     torch.manual_seed(0)
@@ -96,27 +115,76 @@ def test_masked(kept):
     masks = [torch.rand(11, 3) < kept, torch.rand(11, 3) < 0.5]
     masks[0][2, 1] = True
     j, other = (jacpot.jacobian(net, x, mask={"table.weight": mask}) for mask in masks)
-    rows = dense(net, x, {"table.weight": masks[0]})
     table = next(block for block in j.blocks if isinstance(block, Lookup))
     assert table.n_parameters == masks[0].sum()
-    torch.testing.assert_close(j.dense(), rows)
-    v, u = torch.randn(j.n_parameters, 2).double(), torch.randn(6, 2, 3).double()
-    torch.testing.assert_close(j @ v, rows @ v)
-    torch.testing.assert_close(j.T @ u, torch.einsum("nkp,nkr->pr", rows, u))
-    for outputs, equation in [("full", "nkp,mlp->nkml"), ("diagonal", "nkp,mkp->nmk")]:
-        torch.testing.assert_close(j.gram(outputs=outputs), torch.einsum(equation, rows, rows))
-    torch.testing.assert_close(j.row_norms(), rows.norm(dim=2))
-    torch.testing.assert_close(j.column_norms(), rows.flatten(0, 1).norm(dim=0))
-    torch.testing.assert_close(j.sketch(7), _as_rows(j).sketch(7))
-    # another mask at another point: what both keep counts
-    here, there = (net, x, masks[0]), (net, x, masks[1])
-    full = [dense(n, x, {"table.weight": m}, wrt="all") for n, x, m in (here, there)]
-    for rows_, mask in zip(full, masks, strict=True):
-        rows_[:, :, :33] *= mask.flatten()
-    torch.testing.assert_close(j.gram(other), torch.einsum("nkp,mlp->nkml", *full))
+    check(j, dense(net, x, {"table.weight": masks[0]}))
+    check_between(net, x, "table.weight", masks, [j, other])
     parts = jacpot.jacobian(net, x, mask={"table.weight": masks[0]}, memory_budget=1)
-    torch.testing.assert_close(parts.dense(), rows)
+    torch.testing.assert_close(parts.dense(), j.dense())
 
 
-def _as_rows(j):
-    return Jacobian(j.outputs, [Rows(j.dense())], j._columns)
+def check_between(net, x, name, masks, jacobians):
+    """Of Jacobians under two masks the parameters count that both keep."""
+    full = [dense(net, x, {name: mask}, wrt="all") for mask in masks]
+    for rows, mask in zip(full, masks, strict=True):
+        rows[:, :, : mask.numel()] *= mask.flatten()
+    expected = torch.einsum("nkp,mlp->nkml", *full)
+    torch.testing.assert_close(jacobians[0].gram(jacobians[1]), expected)
+
+
+class Tied(nn.Module):
+    """Scores by the table that embedded the tokens."""
+
+    def __init__(self, vocabulary: int, width: int, written: str = "layer"):
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(vocabulary, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight, self.written = self.table.weight, written
+
+    def forward(self, x):
+        h, weight = self.hidden(self.table(x)).tanh(), self.table.weight
+        ways = {
+            "layer": lambda: self.head(h),
+            "function": lambda: F.linear(h, weight),
+            "product": lambda: h @ weight.T,
+            "transposed": lambda: torch.matmul(h, weight.transpose(0, 1)),
+        }
+        return ways[self.written]().logsumexp(2).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("written", ["layer", "function", "product", "transposed"])
+@pytest.mark.parametrize("kept", [None, 0.3])
+def test_tied(written, kept):
+    torch.manual_seed(0)
+    net, x = Tied(31, 6, written).double(), torch.randint(31, (6, 3))
+    mask = None if kept is None else {"table.weight": torch.rand(31, 6) < kept}
+    j = jacpot.jacobian(net, x, mask=mask)
+    assert isinstance(j.blocks[0], Added) == (kept is None)  # few columns take less room
+    check(j, dense(net, x, mask))
+    parts = jacpot.jacobian(net, x, mask=mask, memory_budget=1)
+    torch.testing.assert_close(parts.dense(), j.dense())
+    shorter = jacpot.jacobian(net, x[:, :2], mask=mask)
+    expected = torch.einsum("nkp,mlp->nkml", j.dense(), shorter.dense())
+    torch.testing.assert_close(j.gram(shorter), expected)
+    assert jacpot.linearize(net, mask).fit(x, torch.randn(6, 1).double(), ridge=0.1).converged
+
+
+def test_tied_under_two_masks():
+    torch.manual_seed(0)
+    net, x = Tied(31, 6).double(), torch.randint(31, (6, 2))
+    masks = [torch.rand(31, 6) < 0.9 for _ in range(2)]
+    jacobians = [jacpot.jacobian(net, x, mask={"table.weight": mask}) for mask in masks]
+    assert all(isinstance(j.blocks[0], Added) for j in jacobians)
+    check(jacobians[0], dense(net, x, {"table.weight": masks[0]}))
+    check_between(net, x, "table.weight", masks, jacobians)
+
+
+def test_memory_of_tied():
+    vocabulary, width, n, t = 20_000, 64, 4, 4
+    torch.manual_seed(0)
+    net, x = Tied(vocabulary, width), torch.randint(vocabulary, (n, t))
+    jacpot.jacobian(net, x)
+    with Largest() as seen:
+        j = jacpot.jacobian(net, x)
+        j.T @ (j @ torch.randn(j.n_parameters))
+    assert seen.elements < 1.1 * j.n_parameters  # rows have four times that

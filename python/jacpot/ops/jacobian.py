@@ -1,7 +1,8 @@
 """Products, Gram matrices, norms and sketches of a Jacobian that is given as blocks.
 
 A Jacobian ``J (N, K, P)`` is a sequence of blocks side by side: :class:`Factors` of a layer,
-:class:`Lookup` of an embedding, or :class:`Rows`. No function but :func:`dense` forms it.
+:class:`Lookup` of an embedding, :class:`Added` of a parameter that is both, or :class:`Rows`. No
+function but :func:`dense` forms it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,20 @@ from torch import Tensor
 
 from jacpot._backend import threads
 from jacpot.ops.arrays import as_kind, as_tensor
-from jacpot.ops.jacobian_blocks import Block, Factors, Lookup, Rows, check_blocks, row_panels
+from jacpot.ops.jacobian_blocks import (
+    Added,
+    Block,
+    Factors,
+    Lookup,
+    Rows,
+    check_blocks,
+    row_panels,
+)
 from jacpot.ops.jacobian_gram import Outputs, Precision, gram
 from jacpot.ops.jacobian_kernels import kernels
 
 __all__ = [
+    "Added",
     "Block",
     "Factors",
     "Lookup",
@@ -63,8 +73,14 @@ def _columns(vector: Any, size: int, dtype: torch.dtype, device: torch.device, n
     return tensor.detach().reshape(size, 1 if tensor.ndim == 1 else tensor.shape[1])
 
 
-def _add_jvp(block: Factors | Lookup, vectors: Tensor, out: Tensor, keep: bool = True) -> None:
+def _add_jvp(
+    block: Factors | Lookup | Added, vectors: Tensor, out: Tensor, keep: bool = True
+) -> None:
     """``out (N, K, R) += J · vectors (R, P)ᵀ``."""
+    if isinstance(block, Added):
+        for part in block.parts:
+            _add_jvp(part, vectors, out, keep)
+        return
     if isinstance(block, Lookup):
         out += block.jvp(vectors)
         return
@@ -82,6 +98,12 @@ def _vjp(block: Block, u: Tensor, out: Tensor, keep: bool) -> None:
         torch.mm(u.flatten(0, 1).T, block.rows.flatten(0, 1), out=out)
     elif isinstance(block, Lookup):
         out.copy_(block.vjp(u))
+    elif isinstance(block, Added):
+        _vjp(block.parts[0], u, out, keep)
+        for part in block.parts[1:]:
+            more = torch.empty_like(out)
+            _vjp(part, u, more, keep)
+            out += more
     elif keep and block.live is not None:
         block.live.vjp(u, out, threads())
     else:

@@ -13,11 +13,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from jacpot._backend import core, threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
+from jacpot.ops.jacobian_added import Added
 from jacpot.ops.jacobian_kernels import kernels
 from jacpot.ops.jacobian_lookup import Lookup
 from jacpot.ops.jacobian_signals import OfSignals
 
-__all__ = ["Block", "Factors", "KeptWeights", "Lookup", "Rows", "check_blocks", "row_panels"]
+__all__ = [
+    "Added",
+    "Block",
+    "Factors",
+    "KeptWeights",
+    "Lookup",
+    "Rows",
+    "check_blocks",
+    "row_panels",
+]
 
 PANEL_BYTES = 64 << 20  # rows are generated in panels of about this size
 
@@ -290,7 +300,7 @@ class Rows:
         return self.rows.nbytes
 
 
-Block: TypeAlias = Factors | Lookup | Rows
+Block: TypeAlias = Factors | Lookup | Added | Rows
 
 
 def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, int, torch.dtype]:
@@ -306,9 +316,9 @@ def check_blocks(blocks: Sequence[Block], name: str = "blocks") -> tuple[int, in
     if not blocks:
         raise ValueError(f"argument {name!r} must hold at least one block, got none")
     for i, block in enumerate(blocks):
-        if not isinstance(block, Factors | Lookup | Rows):
+        if not isinstance(block, Factors | Lookup | Added | Rows):
             raise TypeError(
-                f"argument '{name}[{i}]' must be Factors, Lookup or Rows, "
+                f"argument '{name}[{i}]' must be Factors, Lookup, Added or Rows, "
                 f"got {type(block).__name__}"
             )
     first = blocks[0]
@@ -346,6 +356,14 @@ def row_panels(
     if isinstance(block, Lookup):
         every = torch.arange(block.n_tokens, device=block.device)
         yield from block.panels(every, budget, examples)
+        return
+    if isinstance(block, Added):
+        n = block.n_examples if examples is None else examples
+        each = [row_panels(part, budget, examples=n) for part in block.parts]
+        for first, *others in zip(*each, strict=True):
+            for panel in others:
+                first += panel
+            yield first
         return
     n, k = block.n_examples, block.n_outputs
     g, o, i = block.shape

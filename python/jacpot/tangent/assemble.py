@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacpot.ops.jacobian import Block, Factors, Lookup, Rows
+from jacpot.ops.jacobian import Added, Block, Factors, Lookup, Rows
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent.rules.terms import LookedUp, Outer, Summed, Term
 
@@ -172,6 +172,11 @@ def assemble(
             blocks.append(_lookup(found, column))
             orders.append(None)
             continue
+        added = _added(found, column, like, patterns)
+        if added is not None:
+            blocks.append(added)
+            orders.append(None)
+            continue
         weight = _joined(found)
         if weight is None:
             rows = _rows(found, like, column.shape.numel())
@@ -187,6 +192,19 @@ def assemble(
         blocks.append(Factors(weight.written, weight.signals, pattern, bias))
         orders.append(order)
     return blocks, orders
+
+
+def _added(
+    found: Sequence[Term], column: Column, like: Tensor, patterns: dict[str, Pattern]
+) -> Added | None:
+    """All uses of a parameter that is a table and a layer's weight, if rows take more room."""
+    looked = [term for term in found if isinstance(term, LookedUp)]
+    weight = _joined([term for term in found if not isinstance(term, LookedUp)])
+    if weight is None or not looked or weight.transposed or weight.pattern is not None:
+        return None
+    pattern, _ = _layout(weight, column, patterns)
+    added = Added((_lookup(looked, column), Factors(weight.written, weight.signals, pattern)))
+    return added if added.nbytes < like.nbytes * column.size else None
 
 
 def _lookup(found: Sequence[Term], column: Column) -> Lookup:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,16 @@ def _as_long(a: Jacobian, b: Jacobian) -> bool:
     """Whether blocks that match have as many positions."""
     return all(
         isinstance(p, kernels.Rows) or isinstance(q, kernels.Rows) or p.n_positions == q.n_positions
-        for p, q in zip(a.blocks, b.blocks, strict=True)
+        for p, q in zip(_parts(a.blocks), _parts(b.blocks), strict=True)
     )
 
 
-def _joined_block(parts: Sequence[Block]) -> Block:
+def _parts(blocks: Sequence[Block]) -> Iterator[kernels.Factors | kernels.Lookup | kernels.Rows]:
+    for block in blocks:
+        yield from block.parts if isinstance(block, kernels.Added) else (block,)
+
+
+def _joined_block(parts: Sequence[Block]) -> Any:
     first = parts[0]
     if isinstance(first, kernels.Factors):
         return kernels.Factors(
@@ -54,6 +60,9 @@ def _joined_block(parts: Sequence[Block]) -> Block:
             first.n_tokens,
             first.kept,
         )
+    if isinstance(first, kernels.Added):
+        each = zip(*[p.parts for p in parts if isinstance(p, kernels.Added)], strict=True)
+        return kernels.Added(tuple(_joined_block(same) for same in each))
     return kernels.Rows(_stacked([p.rows for p in parts if isinstance(p, kernels.Rows)]))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from jacpot._backend import core, threads
 from jacpot.linalg import FunctionOperator, LinearOperator
 from jacpot.ops.jacobian import (
+    Added,
     Block,
     Factors,
     Lookup,
@@ -36,7 +37,7 @@ REPLAYED_BYTES = 64 << 20  # of factors whose products take a GPU less time than
 COLUMN_CHUNK = 1 << 19  # elements of columns that are computed while they are in cache
 
 
-def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
+def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Any:
     """Give a block of some of the examples, in a dtype."""
     if isinstance(block, Factors):
         return dataclasses.replace(
@@ -47,6 +48,8 @@ def _at(block: Block, examples: slice | Tensor, dtype: torch.dtype) -> Block:
     if isinstance(block, Lookup):
         signals = block.signals[examples].to(dtype)
         return dataclasses.replace(block, tokens=block.tokens[examples], signals=signals)
+    if isinstance(block, Added):
+        return Added(tuple(_at(part, examples, dtype) for part in block.parts))
     return dataclasses.replace(block, rows=block.rows[examples].to(dtype))
 
 
@@ -57,15 +60,16 @@ def _is_plain(block: Factors) -> bool:
 
 def mixed_blocks(blocks: Sequence[Block], matrix: Tensor) -> list[Block]:
     """Blocks of ``Mᵀ J`` for a matrix M (N, K, K) of each example's own."""
-    out: list[Block] = []
-    for block in blocks:
-        mix = matrix.to(block.dtype)
-        if not isinstance(block, Rows):
-            signals = (mix.mT @ block.signals.flatten(2)).reshape(block.signals.shape)
-            out.append(dataclasses.replace(block, signals=signals))
-        else:
-            out.append(dataclasses.replace(block, rows=mix.mT @ block.rows))
-    return out
+    return [_mixed(block, matrix.to(block.dtype)) for block in blocks]
+
+
+def _mixed(block: Block, mix: Tensor) -> Any:
+    if isinstance(block, Added):
+        return Added(tuple(_mixed(part, mix) for part in block.parts))
+    if isinstance(block, Rows):
+        return dataclasses.replace(block, rows=mix.mT @ block.rows)
+    signals = (mix.mT @ block.signals.flatten(2)).reshape(block.signals.shape)
+    return dataclasses.replace(block, signals=signals)
 
 
 class JacobianOperator(LinearOperator):
@@ -142,7 +146,7 @@ class JacobianOperator(LinearOperator):
         There are where the blocks are in memory in this operator's dtype; products in float64 are
         the general ones unless that is it.
         """
-        held = [block for block in self.blocks if not isinstance(block, Lookup)]
+        held = [block for block in self.blocks if not isinstance(block, Lookup | Added)]
         if not held or len(held) < len(self.blocks) or self.dtype != self.own_dtype:
             return general
         blocks = [

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacpot.ops.jacobian import Block, Factors, Lookup, Rows, dense
+from jacpot.ops.jacobian import Added, Block, Factors, Lookup, Rows, dense
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Column, Columns
 
@@ -98,6 +98,8 @@ def _layout(block: Block) -> tuple[object, ...]:
         return Factors, block.shape, block.bias
     if isinstance(block, Lookup):
         return Lookup, block.n_tokens, block.width, block.n_parameters
+    if isinstance(block, Added):
+        return Added, *map(_layout, block.parts)
     return Rows, block.n_parameters
 
 
@@ -135,12 +137,13 @@ def stacked(parts: Sequence[Sequence[Piece]]) -> tuple[list[Block], list[Tensor 
     for same in zip(*parts, strict=True):
         # Of examples that do not use a parameter there are rows, all zero.
         used = [p for p in same if not isinstance(p.block, Rows) or p.block.rows.any()]
-        factors = [p.block for p in used if not isinstance(p.block, Rows)]
+        factors = [p.block for p in used if not isinstance(p.block, Rows | Added)]
         layouts = {_layout(block) for block in factors}
         turned = {p.order is not None for p in used}
         if factors and len(layouts) == len(turned) == 1 and len(factors) == len(used):
             like, length = factors[0], max(block.n_positions for block in factors)
-            padded = [_padded(piece.block, like, length) for piece in same]
+            each = [piece.block for piece in same if not isinstance(piece.block, Added)]
+            padded = [_padded(block, like, length) for block in each]
             given, signals = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
             if isinstance(like, Factors):
                 blocks.append(Factors(given, signals, like.pattern))
@@ -153,7 +156,9 @@ def stacked(parts: Sequence[Sequence[Piece]]) -> tuple[list[Block], list[Tensor 
     return blocks, orders
 
 
-def _padded(block: Block, like: Factors | Lookup, length: int) -> tuple[Tensor, Tensor]:
+def _padded(
+    block: Factors | Lookup | Rows, like: Factors | Lookup, length: int
+) -> tuple[Tensor, Tensor]:
     """Activations or tokens, and signals, with positions of zeros added up to a number of them."""
     missing = length - (0 if isinstance(block, Rows) else block.n_positions)
     if isinstance(block, Factors):

@@ -150,6 +150,11 @@ class Recorder(TorchFunctionMode):
             raise OwnDerivatives
         if self._inside_module:
             return self._evaluate(func, args, kwargs)
+        if func in MATRIX_PRODUCTS and len(args) == 2 and not kwargs:
+            weight = self._transposed(args[1])
+            if weight is not None:
+                with self:
+                    return F.linear(args[0], weight)
         parts = _transparent(func) if func in COMPOSITES else unrolled(func, args)
         if parts is not None:
             with self:
@@ -176,6 +181,14 @@ class Recorder(TorchFunctionMode):
             {key: ruled.get(id(value), value) for key, value in kwargs.items()},
         )
         return self._record(rule, arguments, parameters, result)
+
+    def _transposed(self, value: Any) -> Tensor | None:
+        """The parameter of which this is the transpose: ``x @ W.T`` is what a linear layer does."""
+        weight = value._base if isinstance(value, Tensor) and value.ndim == 2 else None
+        if weight is None or id(weight) not in self.names or weight.shape != value.shape[::-1]:
+            return None
+        turned = weight.stride() == value.stride()[::-1]
+        return weight if turned and value.storage_offset() == weight.storage_offset() else None
 
     def _named(self, value: Any) -> str | None:
         """The name of a parameter; None for what is none."""
@@ -273,6 +286,11 @@ FASTER: dict[Any, Callable[..., Tensor]] = {
     torch.relu: relu,
     Tensor.relu: relu,
 }
+
+# Products of examples and a weight (I, O).
+MATRIX_PRODUCTS: frozenset[Any] = frozenset(
+    [torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm]
+)
 
 # Functions of torch that are made of others, some of which have a rule.
 COMPOSITES: frozenset[Any] = frozenset([F.multi_head_attention_forward])
