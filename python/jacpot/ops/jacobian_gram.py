@@ -86,6 +86,10 @@ def gram(
 
     Notes
     -----
+    On the CPU, where a full kernel's layer has several outputs, units whose signals are zero for
+    all outputs of an example, as behind a ReLU that is off, cost nothing. Zeros still make nan of
+    what is not finite.
+
     Where every layer has one position, rounding to TF32 changes an entry ``Θ[n,k,m,l]`` by at most
     2⁻⁹ (2e-3) of ``√(Θ[n,k,n,k] Θ[m,l,m,l])``, and splitting by at most 2⁻¹⁹ (2e-6) of it. With
     several positions, that of a layer counts as ``Σ_t ‖a_t‖ ‖δ_t‖`` in place of its row's norm, and
