@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import by_autograd, dense
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import jacpot
 
@@ -55,6 +56,23 @@ def test_a_forward_of_the_instance_is_what_counts_and_stays():
     J = jacpot.jacobian(net, x)
     torch.testing.assert_close(2 * J.dense(), factored.dense())
     assert vars(net)["forward"] is forward
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.second, self.first(x).tanh(), use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_are_refused(use_reentrant):
+    with pytest.raises(RuntimeError, match=r"something in it.* uses .* switch that off"):
+        jacpot.jacobian(Checkpointed(use_reentrant), torch.randn(3, 4))
 
 
 class Frozen(nn.Module):

@@ -274,7 +274,23 @@ def recording() -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_no_reentrant_checkpoints())
         yield
+
+
+@contextmanager
+def _no_reentrant_checkpoints() -> Iterator[None]:
+    """Say what to do where torch refuses derivatives through what runs anew on the way back."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "argument 'module' must keep what its derivatives need, but something in it uses "
+            "torch.utils.checkpoint with use_reentrant=True: switch that off, factors need no "
+            "second pass through the network"
+        ) from error
 
 
 def refuse_wrappers(module: nn.Module) -> None:
