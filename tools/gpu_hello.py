@@ -29,6 +29,12 @@ def main() -> int:
         x.cuda(), pattern.compress(weight.cuda()), pattern, method="sparse"
     )
     errors = {"product": error(product, x @ weight.T)}
+    few = torch.rand(500, 700) < 0.02
+    pattern, x16 = jacpot.Pattern(few.cuda()), x.bfloat16()
+    values = torch.randn(pattern.nnz).bfloat16()
+    product = jacpot.masked_matmul(x16.cuda(), values.cuda(), pattern, method="sparse")
+    expected = x16.double() @ torch.zeros(500, 700).double().masked_scatter(few, values.double()).T
+    errors["product in 16 bits"] = error(product, expected) / 1e2  # it is rounded to eight bits
     network = torch.nn.Sequential(torch.nn.Linear(700, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
     kernel = jacpot.ntk(network, x[:90])
     network.cuda()

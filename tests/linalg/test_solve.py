@@ -50,16 +50,16 @@ def relative_residual(a, b, x, damping=0.0):
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
 def test_converged_means_that_the_float64_residual_is_small(
-    size, count, log_condition, dtype, method, scale
+    any_device, size, count, log_condition, dtype, method, scale
 ):
     a = spd(size, 10**log_condition, dtype)
     b = right(size, count, dtype) * scale
-    solution = jacpot.solve(a, b, method=method, tol=1e-7, max_iter=5000)
+    moved = a.to(any_device), b.to(any_device)
+    solution = jacpot.solve(*moved, method=method, tol=1e-7, max_iter=5000)
     assert solution.converged, str(solution)
-    assert relative_residual(a, b, solution.x) <= 1.01e-7
-    assert solution.relative_residual == pytest.approx(
-        relative_residual(a, b, solution.x), rel=1e-3, abs=1e-12
-    )
+    residual = relative_residual(a, b, solution.x.cpu())
+    assert residual <= 1.01e-7
+    assert solution.relative_residual == pytest.approx(residual, rel=1e-3, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", ["cg", "block_cg", "minres", "lsmr", "cholesky"])
@@ -107,14 +107,15 @@ def test_takes_sparse_tensors(layout, dtype):
 
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), rank=st.integers(1, 30))
-def test_lsmr_finds_the_least_norm_least_squares_solution(rows, columns, rank):
+def test_lsmr_finds_the_least_norm_least_squares_solution(any_device, rows, columns, rank):
     rank = min(rank, rows, columns)
     a = right(rows, rank, torch.float64, 2) @ right(rank, columns, torch.float64, 3)
     b = right(rows, 2, torch.float64)
-    solution = jacpot.solve(a, b, method="lsmr", tol=1e-13, max_iter=2000)
+    moved = a.to(any_device), b.to(any_device)
+    x = jacpot.solve(*moved, method="lsmr", tol=1e-13, max_iter=2000).x.cpu()
     expected = torch.linalg.pinv(a, rtol=1e-10) @ b
     condition = float(numpy.linalg.cond(a.numpy())) if rank == min(rows, columns) else 1e3
-    assert (solution.x - expected).norm() <= 1e-10 * max(condition, 1.0) ** 2 * expected.norm()
+    assert (x - expected).norm() <= 1e-10 * max(condition, 1.0) ** 2 * expected.norm()
 
 
 def test_takes_functions_scipy_operators_and_numpy_arrays():

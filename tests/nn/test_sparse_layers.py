@@ -29,12 +29,14 @@ def masked_copy(layer, mask):
     layout=st.sampled_from(["row", "feature"]),
     relu=st.booleans(),
 )
-def test_sparse_linear_is_the_masked_linear(shape, density, bias, leading, layout, relu):
-    linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.float64)
-    mask = torch.rand(shape) < density
+def test_sparse_linear_is_the_masked_linear(
+    real_device, shape, density, bias, leading, layout, relu
+):
+    linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.float64).to(real_device)
+    mask = torch.rand(shape).to(real_device) < density
     layer = SparseLinear.from_linear(linear, mask, relu=relu, layout=layout)
     dense = masked_copy(linear, mask)
-    x = torch.randn(*leading, shape[1], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*leading, shape[1], dtype=torch.float64).to(real_device).requires_grad_()
     x2 = x.detach().clone().requires_grad_()
     y, expected = layer(x), dense(x2)
     expected = expected.relu() if relu else expected
@@ -63,7 +65,7 @@ def test_sparse_linear_is_the_masked_linear(shape, density, bias, leading, layou
     bias=st.booleans(),
 )
 def test_sparse_conv2d_is_the_masked_conv2d(
-    channels, groups, size, stride, padding, dilation, image, examples, density, bias
+    real_device, channels, groups, size, stride, padding, dilation, image, examples, density, bias
 ):
     conv = nn.Conv2d(
         channels[0] * groups,
@@ -75,11 +77,12 @@ def test_sparse_conv2d_is_the_masked_conv2d(
         groups,
         bias,
         dtype=torch.float64,
-    )
-    mask = torch.rand(conv.weight.shape) < density
+    ).to(real_device)
+    mask = torch.rand(conv.weight.shape).to(real_device) < density
     layer = SparseConv2d.from_conv2d(conv, mask)
     dense = masked_copy(conv, mask)
-    x = torch.randn(examples, channels[0] * groups, *image, dtype=torch.float64).requires_grad_()
+    x = torch.randn(examples, channels[0] * groups, *image, dtype=torch.float64)
+    x = x.to(real_device).requires_grad_()
     x2 = x.detach().clone().requires_grad_()
     y, expected = layer(x), dense(x2)
     torch.testing.assert_close(y, expected)
