@@ -225,24 +225,33 @@ Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int thread
     } else {
       std::fill_n(z, r * count, T(0));
     }
+    // A panel of V, and rows of activations.
+    const auto of_weight = [&](std::int64_t part, std::int64_t panel_index) {
+      const std::int64_t j = panel_index % r, b = panel_index / r % l.unit_blocks(),
+                         g = panel_index / r / l.unit_blocks();
+      return LiveRows<T>{
+          v + j * l.parameters() + (g * l.outputs + b * l.block) * l.inputs + columns.begin(part),
+          l.inputs, std::min(l.block, l.outputs - b * l.block)};
+    };
+    const auto seen = [&](std::int64_t part, std::int64_t g) {
+      return LiveRows<T>{l.activations + first * width + g * l.inputs + columns.begin(part), width,
+                         end - first};
+    };
+    const std::int64_t panels_of_part = l.groups * l.unit_blocks() * r;
     for (std::int64_t part = 0; part < columns.parts; ++part) {
       go_to_start();
-      for (std::int64_t g = 0; g < l.groups; ++g)
-        for (std::int64_t b = 0; b < l.unit_blocks(); ++b) {
-          const std::int64_t* begins = l.row_begins(g, b) + first;
-          for (std::int64_t j = 0; j < r; ++j) {
-            kernel.pack(columns.size_in_vectors(part),
-                        v + j * l.parameters() + (g * l.outputs + b * l.block) * l.inputs +
-                            columns.begin(part),
-                        l.inputs, std::min(l.block, l.outputs - b * l.block), columns.size(part),
-                        panel);
-            kernel.dots(columns.size_in_vectors(part), panel, begins, l.units_of_rows(),
-                        end - first,
-                        l.activations + first * width + g * l.inputs + columns.begin(part), width,
-                        columns.size(part), at, z + j * count);
-          }
-          pass(begins);
-        }
+      for (std::int64_t i = 0; i < panels_of_part; ++i) {
+        const std::int64_t j = i % r, b = i / r % l.unit_blocks(), g = i / r / l.unit_blocks(),
+                           vectors = columns.size_in_vectors(part);
+        const LiveRows<T> from = of_weight(part, i), x = seen(part, g);
+        const LiveRows<T> ahead = i + 1 < panels_of_part     ? of_weight(part, i + 1)
+                                  : part + 1 < columns.parts ? seen(part + 1, 0)
+                                                             : LiveRows<T>{};
+        kernel.pack(vectors, from.data, from.stride, from.rows, columns.size(part), panel);
+        kernel.dots(vectors, panel, l.row_begins(g, b) + first, l.units_of_rows(), x.rows, x.data,
+                    x.stride, columns.size(part), at, z + j * count, ahead);
+        if (j + 1 == r) pass(l.row_begins(g, b) + first);
+      }
     }
     for (std::int64_t example = first / l.positions; example < end / l.positions; ++example) {
       const std::int64_t begin = l.starts()[example * l.positions],
@@ -316,14 +325,18 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
       T* panel = held.get() + worker * held_size;
       T* sums = panel + panel_size;
       std::fill_n(sums, (end - begin) * vectors * kernel.width, T(0));
-      for (std::int64_t i = 0; i < count; ++i) {
+      const auto rows_of = [&](std::int64_t i) {
         const std::int64_t row = (first + i) * l.block;
-        kernel.pack(vectors, l.activations + row * width + g * l.inputs + columns.begin(part),
-                    width, std::min(l.block, l.rows() - row), size, panel);
+        return LiveRows<T>{l.activations + row * width + g * l.inputs + columns.begin(part), width,
+                           std::min(l.block, l.rows() - row)};
+      };
+      for (std::int64_t i = 0; i < count; ++i) {
+        const LiveRows<T> x = rows_of(i);
+        kernel.pack(vectors, x.data, x.stride, x.rows, size, panel);
         kernel.sums(vectors, panel, l.unit_begins(first + i) + g * l.outputs + begin,
                     l.rows_of_units(), end - begin,
-                    tiles.get() + (i * r + j) * tile_size + (g * l.outputs + begin) * l.block,
-                    sums);
+                    tiles.get() + (i * r + j) * tile_size + (g * l.outputs + begin) * l.block, sums,
+                    i + 1 < count ? rows_of(i + 1) : LiveRows<T>{});
       }
       T* to = out + j * l.parameters() + (g * l.outputs + begin) * l.inputs + columns.begin(part);
       for (std::int64_t o = 0; o < end - begin; ++o, to += l.inputs) {

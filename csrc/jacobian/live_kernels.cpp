@@ -28,6 +28,14 @@ struct Live {
         V::store(panel, load_part(from + c * width, size - c * width));
   }
 
+  template <int C>
+  static JACPOT_INLINE void fetch(const LiveRows<T>& ahead, std::int64_t row) {
+    constexpr int line = 64 / static_cast<int>(sizeof(T));
+    if (row < ahead.rows)
+      for (int i = 0; i < C * width; i += line)
+        __builtin_prefetch(ahead.data + row * ahead.stride + i, 0, 2);
+  }
+
   // z[r] += ⟨x, panel[entries[r]]⟩ for R entries, up to `lane`.
   template <int C, int R>
   static JACPOT_INLINE void dots_of(const T* panel, const std::uint8_t* entries, const Vec (&x)[C],
@@ -55,9 +63,10 @@ struct Live {
   template <int C>
   static void dots(const T* panel, const std::int64_t* begins, const std::uint8_t* entries,
                    std::int64_t rows, const T* x, std::int64_t stride, std::int64_t size,
-                   const std::int64_t* at, T* z) {
+                   const std::int64_t* at, T* z, LiveRows<T> ahead) {
     const bool whole = size == C * width;
     for (std::int64_t row = 0; row < rows; ++row, x += stride) {
+      fetch<C>(ahead, row);
       Vec held[C];
       if (whole) {
 #pragma GCC unroll 8
@@ -82,8 +91,9 @@ struct Live {
 
   template <int C>
   static void sums(const T* panel, const std::int64_t* begins, const std::uint8_t* entries,
-                   std::int64_t units, const T* w, T* out) {
+                   std::int64_t units, const T* w, T* out, LiveRows<T> ahead) {
     for (std::int64_t unit = 0; unit < units; ++unit, w += block, out += C * width) {
+      fetch<C>(ahead, unit);
       Vec acc[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[c] = V::load(out + c * width);
@@ -102,19 +112,21 @@ struct Live {
   template <int C = most>
   static void dots_by(std::int64_t vectors, const T* panel, const std::int64_t* begins,
                       const std::uint8_t* entries, std::int64_t rows, const T* x,
-                      std::int64_t stride, std::int64_t size, const std::int64_t* at, T* z) {
+                      std::int64_t stride, std::int64_t size, const std::int64_t* at, T* z,
+                      LiveRows<T> ahead) {
     if (vectors == C)
-      dots<C>(panel, begins, entries, rows, x, stride, size, at, z);
+      dots<C>(panel, begins, entries, rows, x, stride, size, at, z, ahead);
     else if constexpr (C > 1)
-      dots_by<C - 1>(vectors, panel, begins, entries, rows, x, stride, size, at, z);
+      dots_by<C - 1>(vectors, panel, begins, entries, rows, x, stride, size, at, z, ahead);
   }
   template <int C = most>
   static void sums_by(std::int64_t vectors, const T* panel, const std::int64_t* begins,
-                      const std::uint8_t* entries, std::int64_t units, const T* w, T* out) {
+                      const std::uint8_t* entries, std::int64_t units, const T* w, T* out,
+                      LiveRows<T> ahead) {
     if (vectors == C)
-      sums<C>(panel, begins, entries, units, w, out);
+      sums<C>(panel, begins, entries, units, w, out, ahead);
     else if constexpr (C > 1)
-      sums_by<C - 1>(vectors, panel, begins, entries, units, w, out);
+      sums_by<C - 1>(vectors, panel, begins, entries, units, w, out, ahead);
   }
 
   static constexpr LiveKernels<T> kernels() { return {width, &pack, &dots_by<>, &sums_by<>}; }

@@ -11,6 +11,14 @@ namespace jacpot {
 // and a place in it is a byte.
 inline constexpr std::int64_t live_block = 64;
 
+// Rows that a panel is made of, or that meet it. Those wanted next are asked for from memory while
+// others are worked on, one row for each.
+template <class T>
+struct LiveRows {
+  const T* data;
+  std::int64_t stride, rows;
+};
+
 template <class T>
 struct LiveKernels {
   static constexpr std::int64_t most_vectors = 8;  // of a panel's columns
@@ -22,11 +30,12 @@ struct LiveKernels {
   // z[at[row] + i] += ⟨x[row], panel[entries[begins[row] + i]]⟩ for rows of `size` elements
   void (*dots)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
                const std::uint8_t* entries, std::int64_t rows, const T* x, std::int64_t stride,
-               std::int64_t size, const std::int64_t* at, T* z);
+               std::int64_t size, const std::int64_t* at, T* z, LiveRows<T> ahead);
   // out[unit] += Σ_e w[unit, e] panel[e] over the unit's entries e; w (units, block), out (units,
   // vectors · width)
   void (*sums)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
-               const std::uint8_t* entries, std::int64_t units, const T* w, T* out);
+               const std::uint8_t* entries, std::int64_t units, const T* w, T* out,
+               LiveRows<T> ahead);
 };
 
 struct LiveTable {
