@@ -121,3 +121,40 @@ def test_stored_entries_of_a_sparse_matrix_are_kept(make):
     mask = np.random.default_rng(0).random((13, 29)) < 0.2
     pattern = jacpot.Pattern(make(mask.astype(np.float32)))
     assert torch.equal(pattern.mask(), torch.from_numpy(mask))
+
+
+def test_negated_views_are_read_with_their_sign():
+    """As ``z.conj().imag`` is, whose memory is that of ``z.imag``."""
+    torch.manual_seed(0)
+    x = torch.complex(torch.zeros(5, 4).double(), torch.randn(5, 4).double()).conj().imag
+    assert x.is_neg()
+    pattern = jacpot.Pattern(torch.rand(3, 4) < 0.6)
+    values = torch.randn(pattern.nnz).double()
+    plain = x.clone()
+    expected = plain @ pattern.expand(values).T
+    layer = jacpot.nn.SparseLinear.from_linear(torch.nn.Linear(4, 3).double(), pattern.mask())
+    torch.testing.assert_close(jacpot.masked_matmul(x, values, pattern), expected)
+    torch.testing.assert_close(layer(x), layer(plain))
+    assert torch.equal(pattern.compress(x[:3]), pattern.compress(plain[:3]))
+    rows, same = ops.Rows(x[:, None]), ops.Rows(plain[:, None])
+    assert torch.equal(ops.jvp([rows], [x[0]]), ops.jvp([same], [plain[0]]))
+    assert torch.equal(ops.vjp([rows], x[:, :1])[0], ops.vjp([same], plain[:, :1])[0])
+    matrix = plain.T @ plain
+    found = jacpot.solve(torch._neg_view(-matrix), x[0])
+    assert torch.equal(found.x, jacpot.solve(matrix, plain[0]).x)
+    with pytest.raises(ValueError, match=r"'out' .* not a negated view"):
+        ops.gram([rows], out=torch._neg_view(torch.empty(5, 1, 5, 1).double()))
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn"])
+def test_layouts_that_have_no_strides_are_refused_by_name(layout):
+    x = getattr(torch.eye(3), layout)()
+    pattern = jacpot.Pattern(torch.eye(3, dtype=torch.bool))
+    for name, call in {
+        "x": lambda: jacpot.masked_matmul(x, torch.ones(3), pattern),
+        "weight": lambda: pattern.compress(x),
+        "rows": lambda: ops.Rows(x),
+        "rhs": lambda: jacpot.solve(torch.eye(3), x),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name!r} must be a dense tensor, got layout"):
+            call()

@@ -291,6 +291,17 @@ def test_operators_are_well_formed(dtype, real_device):
     check(ops.expand.default, (values, pattern.block, 7, 5))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit:DeprecationWarning")
+def test_traces():
+    torch.manual_seed(0)
+    pattern = jacpot.Pattern(torch.rand(6, 8) < 0.5)
+    values = torch.randn(pattern.nnz)
+    layer = jacpot.nn.SparseLinear.from_linear(torch.nn.Linear(8, 6), pattern.mask())
+    for function in (layer, lambda x: jacpot.masked_matmul(x, values, pattern)):
+        traced, x = torch.jit.trace(function, torch.randn(3, 8)), torch.randn(3, 8)
+        torch.testing.assert_close(traced(x), function(x))
+
+
 def test_leading_dimensions_and_numpy():
     mask = draw_mask((6, 4), 0.5, 0)
     pattern = jacpot.Pattern(mask)

@@ -425,8 +425,6 @@ def _as_tensor(array: Any, name: str) -> Tensor:
     tensor = as_tensor(name, array)
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"argument {name!r} must be float32 or float64, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"argument {name!r} must be a dense tensor, got layout {tensor.layout}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"argument {name!r} must be on the CPU or a CUDA device, got {tensor.device}"

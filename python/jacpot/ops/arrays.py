@@ -45,8 +45,8 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
     Raises
     ------
     TypeError
-        With the argument's name, if it is no array, another library's than ``kind`` says, or holds
-        what PyTorch has no numbers for.
+        With the argument's name, if it is no dense array, another library's than ``kind`` says, or
+        holds what PyTorch has no numbers for.
     """
     if not isinstance(array, Tensor | numpy.ndarray) and not is_cupy(array):
         raise TypeError(
@@ -57,7 +57,9 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
             f"argument {name!r} must be of {kind} like the others, got {kind_of(array)}"
         )
     if isinstance(array, Tensor):
-        return array
+        if array.layout != torch.strided:
+            raise TypeError(f"argument {name!r} must be a dense tensor, got layout {array.layout}")
+        return array.resolve_neg()  # the memory, which kernels read, says nothing of a sign
     if is_cupy(array):
         tensor: Tensor = from_dlpack(array)
         return tensor
@@ -78,6 +80,8 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
 
 def as_output(name: str, array: Any) -> Tensor:
     """Give an array as a tensor on the same memory, to be written to."""
+    if isinstance(array, Tensor) and array.is_neg():
+        raise ValueError(f"argument {name!r} must hold its numbers as they are, not a negated view")
     flags = array.flags if isinstance(array, numpy.ndarray) else None
     if flags is not None and not (flags.writeable and flags.c_contiguous and flags.aligned):
         raise ValueError(f"argument {name!r} must be writeable, aligned and contiguous in C order")

@@ -110,6 +110,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and all(p.dtype == x.dtype and not p.requires_grad for p in fixed)
         and x.device.type == "cpu"
+        and not any(p.is_neg() for p in (x, *fixed))
         and weight.numel() >= LARGE_WEIGHT
         and (len(x) <= FEW_EXAMPLES or x.requires_grad)
         and not is_transformed()

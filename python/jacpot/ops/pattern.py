@@ -61,7 +61,7 @@ class Pattern:
             mask = mask_of_sparse(mask)
         if isinstance(mask, Tensor):
             device = mask.device
-            host: Any = mask.detach().cpu()
+            host: Any = as_tensor("mask", mask).detach().cpu()
         elif hasattr(mask, "__cuda_array_interface__"):
             tensor = torch.as_tensor(mask)
             device, host = tensor.device, tensor.cpu()

@@ -30,6 +30,8 @@ def needs_operators(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or x.device.type != "cpu"
+        or x.is_neg()  # the sign of the memory, which the dispatcher applies
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         # Autograd pulls many gradients back at once (``is_grads_batched``).
