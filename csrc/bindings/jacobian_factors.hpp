@@ -30,7 +30,7 @@ struct Factors {
     signals.expect_shape({n, Array::any, t, g, Array::any});
   }
   static void expect_unit_stride(const Array& array, int d) {
-    if (array.shape(d) > 1 && array.stride(d) != 1)
+    if (array.size() > 0 && array.shape(d) > 1 && array.stride(d) != 1)
       throw py::value_error("argument '" + array.name() + "' must have an innermost stride of 1");
   }
   template <class T>
@@ -58,6 +58,7 @@ ProductLayer<T> product_layer(const Factors& f, const py::handle& row_offsets,
   layer.outputs = f.signals.shape(4);
   layer.inputs = f.activations.shape(3);
   const auto follow = [&](std::initializer_list<int> inner_to_outer) {
+    if (f.signals.size() == 0) return true;
     std::int64_t step = 1;
     for (const int d : inner_to_outer) {
       if (f.signals.shape(d) > 1 && f.signals.stride(d) != step) return false;

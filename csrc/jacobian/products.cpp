@@ -260,13 +260,13 @@ Status dense_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, i
 
 template <class T>
 Status jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
-  if (l.n == 0 || l.k == 0 || r == 0) return {};
+  if (l.empty() || r == 0) return {};
   return (l.row_offsets ? sparse_jvp<T> : dense_jvp<T>)(l, v, r, out, threads);
 }
 
 template <class T>
 Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
-  if (l.n == 0 || r == 0) {
+  if (l.empty() || r == 0) {
     std::fill_n(out, r * l.parameters(), T(0));
     return {};
   }

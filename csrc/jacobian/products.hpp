@@ -28,6 +28,9 @@ struct ProductLayer {
   std::int64_t weights() const {
     return row_offsets ? row_offsets[groups * outputs] : groups * outputs * inputs;
   }
+  bool empty() const {  // without signals
+    return n == 0 || k == 0 || positions == 0 || groups == 0 || outputs == 0;
+  }
   std::int64_t parameters() const { return weights() + (bias ? groups * outputs : 0); }
 };
 

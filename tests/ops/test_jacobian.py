@@ -9,6 +9,7 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from blocks import Kept, assert_close, moved, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,97 +19,6 @@ from jacpot.ops import jacobian_gram
 from jacpot.reference import jacobian as reference
 
 ISAS = build_info()["isas_supported"]
-# Sums of at most a few thousand terms of order one. A GPU sums longer runs one after another.
-TOLERANCE = {"cpu": {torch.float64: 1e-12, torch.float32: 2e-5}}
-TOLERANCE["cuda"] = {torch.float64: 4e-12, torch.float32: 1e-4}
-
-
-class Kept:
-    """The kept weights of a mask, as a pattern gives them."""
-
-    def __init__(self, mask: torch.Tensor):
-        self.shape = tuple(mask.shape)
-        self.nnz = int(mask.sum())
-        self.row_offsets = numpy.concatenate([[0], mask.sum(1).cumsum(0).numpy()])
-        self.column_indices = mask.nonzero()[:, 1].to(torch.int32).numpy()
-
-
-@st.composite
-def problems(draw, max_examples: int = 9):
-    """Blocks for two sets of examples, and their Jacobians formed in full."""
-    seed = draw(st.integers(0, 2**31))
-    generator = torch.Generator().manual_seed(seed)
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    n = [draw(st.integers(0, max_examples)), draw(st.integers(0, max_examples))]
-    k = draw(st.integers(1, 4))
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    sides: list[list] = [[], []]
-    full: list[list] = [[], []]
-    for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["factors", "constant", "lookup", "rows"]))
-        if kind == "rows":
-            p = draw(st.integers(0, 6))
-            for side in (0, 1):
-                rows = normal(n[side], k, p)
-                sides[side].append(ops.Rows(rows.to(dtype)))
-                full[side].append(rows)
-            continue
-        t = draw(st.sampled_from([1, 1, 1, 2, 3, 8, 20]))
-        if kind == "lookup":
-            v, d = draw(st.integers(1, 30)), draw(st.integers(0, 5))
-            for side in (0, 1):
-                tokens = torch.randint(v, (n[side], t), generator=generator)
-                s = normal(n[side], k, t, d).to(dtype)
-                sides[side].append(ops.Lookup(tokens, s, v))
-                hot = torch.nn.functional.one_hot(tokens, v).double()
-                full[side].append(torch.einsum("ntv,nktd->nkvd", hot, s.double()).flatten(2))
-            continue
-        g = draw(st.sampled_from([1, 1, 2]))
-        i, o = draw(st.integers(0, 12)), draw(st.integers(1, 9))
-        mask = torch.rand(g * o, i, generator=generator) < 0.4 if draw(st.booleans()) else None
-        bias = draw(st.booleans())
-        strided = draw(st.booleans())
-        constant = normal(1, k, t, g, o)
-        for side in (0, 1):
-            a = normal(n[side], t, g, i)
-            s = normal(n[side], k, t, g, o)
-            if kind == "constant":
-                s = constant.expand_as(s)
-            if strided:  # the same numbers, laid out from behind
-                a = a.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-                s = s.permute(4, 3, 1, 2, 0).contiguous().permute(4, 2, 3, 1, 0)
-            a, s = a.to(dtype), s.to(dtype)
-            pattern = None if mask is None else Kept(mask)
-            sides[side].append(ops.Factors(a, s, pattern=pattern, bias=bias))
-            full[side].append(reference.rows(a.double(), s.double(), mask, bias))
-    return sides[0], sides[1], torch.cat(full[0], 2), torch.cat(full[1], 2), dtype, generator
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype):
-    assert actual.dtype == dtype
-    assert actual.shape == expected.shape
-    scale = 1 + (expected.abs().max() if expected.numel() else 0)
-    tolerance = TOLERANCE[actual.device.type][dtype] * scale
-    torch.testing.assert_close(actual.double().cpu(), expected, rtol=0, atol=float(tolerance))
-
-
-def moved(blocks, device):
-    """Give blocks on a device."""
-    if device.type == "cpu":
-        return blocks
-    return [
-        dataclasses.replace(b, rows=b.rows.to(device))
-        if isinstance(b, ops.Rows)
-        else dataclasses.replace(b, tokens=b.tokens.to(device), signals=b.signals.to(device))
-        if isinstance(b, ops.Lookup)
-        else dataclasses.replace(
-            b, activations=b.activations.to(device), signals=b.signals.to(device)
-        )
-        for b in blocks
-    ]
 
 
 @pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
@@ -403,3 +313,40 @@ def test_lookup_refusals():
         ops.Lookup(tokens[0], signals, 5)
     with pytest.raises(ValueError, match="argument 'signals' must have shape"):
         ops.Lookup(tokens, signals[:, :, :2], 5)
+
+
+@pytest.mark.parametrize("empty", ["n", "k", "t", "g", "o", "i"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_nothing_of_one_kind(empty, masked, bias, device):
+    size = {"n": 3, "k": 2, "t": 4, "g": 2, "o": 3, "i": 5} | {empty: 0}
+    n, k, t, g, o, i = size.values()
+    # Every second element: also what is empty has strides.
+    a = torch.randn(n, t, g, 2 * i, dtype=torch.float64)[..., ::2]
+    s = torch.randn(n, k, t, g, 2 * o, dtype=torch.float64)[..., ::2]
+    mask = torch.rand(g * o, i) < 0.5 if masked else None
+    (block,) = moved([ops.Factors(a, s, Kept(mask) if masked else None, bias)], device)
+    rows = reference.rows(a, s, mask, bias)
+    p = rows.shape[2]
+    assert_close(ops.dense([block]), rows, torch.float64)
+    v, u = torch.randn(p, 3, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
+    assert_close(ops.jvp([block], [v.to(device)]), rows @ v, torch.float64)
+    (pulled,) = ops.vjp([block], u.to(device))
+    assert_close(pulled, torch.einsum("nkp,nk->p", rows, u), torch.float64)
+    other = torch.randn(5, *a.shape[1:], dtype=torch.float64)
+    right = ops.Factors(other, torch.randn(5, *s.shape[1:], dtype=torch.float64), block.pattern)
+    right = dataclasses.replace(right, bias=bias)
+    rows_right = reference.rows(right.activations, right.signals, mask, bias)
+    right = moved([right], device)
+    for outputs, equation in {
+        "full": "nkp,mlp->nkml",
+        "trace": "nkp,mkp->nm",
+        "diagonal": "nkp,mkp->nmk",
+    }.items():
+        found = ops.gram([block], outputs=outputs)
+        assert_close(found, torch.einsum(equation, rows, rows), torch.float64)
+        found = ops.gram([block], right, outputs=outputs)
+        assert_close(found, torch.einsum(equation, rows, rows_right), torch.float64)
+    assert_close(ops.row_norms([block]), rows.norm(dim=2), torch.float64)
+    assert_close(ops.column_norms([block]), rows.norm(dim=(0, 1)), torch.float64)
+    assert ops.sketch([block], 4).shape == (n, k, 4)

@@ -181,6 +181,8 @@ def prepared(
     for a, b in zip(left, others, strict=True):
         if not (isinstance(a, Factors) and isinstance(b, Factors)):
             generated.append((a, b))
+        elif 0 in (*a.signals.shape, *b.signals.shape):  # adds nothing
+            continue
         elif pairwise_is_cheaper(a, b, outputs, symmetric):
             pair = b.strided if not symmetric else None
             fused.append((a.strided, pair, *a.layout, a.bias))
