@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -11,10 +10,8 @@ from torch import nn
 
 import jacpot
 from jacpot.linalg import Interrupted, Status
-from jacpot.tangent import quadratic_model
+from jacpot.tangent import objective, quadratic_model
 from jacpot.tangent.losses import ConvexLoss, Huber, get_loss
-
-gauss_newton_file = importlib.import_module("jacpot.tangent.gauss_newton")
 
 
 @pytest.fixture(autouse=True)
@@ -245,9 +242,29 @@ def test_gauss_newton_solves_well_what_is_known_of_all_examples(monkeypatch):
     one = jacpot.gauss_newton(network(width=64), x, y, max_steps=20, inner_iterations=1)
     assert all_of_them.inner_iterations > all_of_them.steps
     assert all_of_them.losses[-1] < one.losses[-1]
-    monkeypatch.setattr(gauss_newton_file, "CURVATURE", 50)
-    some = jacpot.gauss_newton(network(width=64), x, y, max_steps=20)
+    some = jacpot.gauss_newton(network(width=64), x, y, max_steps=20, batch_size=50)
     assert some.inner_iterations == some.steps
+
+
+def test_gauss_newton_takes_curvature_from_the_examples_that_have_it(monkeypatch):
+    monkeypatch.setattr(quadratic_model, "DIRECT_SIZE", 0)
+    monkeypatch.setattr(objective, "LEAST", 40)
+    counts = []
+
+    class Counted(quadratic_model.QuadraticModel):
+        def __init__(self, columns, *rest):
+            counts.append(columns.n_examples)
+            super().__init__(columns, *rest)
+
+    monkeypatch.setattr(objective, "QuadraticModel", Counted)
+    x = inputs(400)
+    labels = (x[:, 0] > 0).long()
+    net = network(width=64)
+    result = jacpot.gauss_newton(net, x, labels, "cross_entropy", max_steps=25, batch_size=None)
+    assert all(b < a for a, b in itertools.pairwise(result.losses))
+    assert result.losses[-1] < 1e-3 * result.losses[0]
+    assert counts[0] > 350  # all are fitted alike badly
+    assert counts[-1] < 100
 
 
 def test_gauss_newton_grows_its_batches_to_all_examples():

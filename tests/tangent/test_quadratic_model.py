@@ -8,7 +8,7 @@ from torch import nn
 
 import jacpot
 from jacpot.tangent import quadratic_model
-from jacpot.tangent.batches import Batches
+from jacpot.tangent.batches import Batches, sample
 from jacpot.tangent.losses import get_loss
 from jacpot.tangent.quadratic_model import QuadraticModel
 
@@ -23,7 +23,12 @@ def model(loss="cross_entropy", n=12):
     gradient = columns.unflatten(columns.T @ chosen.gradient(f, targets) / n)
     value = float(chosen.value(f, targets).mean())
     generator = torch.Generator().manual_seed(0)
-    return QuadraticModel(columns, chosen.root(f, targets), gradient, value, generator)
+
+    def above(change):
+        rise = chosen.value(f + change, targets).mean() - value
+        return float(rise - (chosen.gradient(f, targets) * change).sum(1).mean())
+
+    return QuadraticModel(columns, chosen.root(f, targets), gradient, value, above, generator)
 
 
 def matrix(at):
@@ -90,6 +95,47 @@ def test_unit_where_the_hessian_vanishes():
     at.root = torch.zeros_like(at.root)
     at._sample = at.operator.mixed(at.root)
     assert at.unit() == pytest.approx(float(at.gradient.square().sum()) / (2 * at.value))
+
+
+def test_a_step_is_as_long_as_the_linearised_loss_wants():
+    damping = 1e-6
+    at = model("mse", n=100)  # whose parabola is the loss itself
+    at.widen(-at.gradient)
+    (direction, decrease), (step, predicted) = at.minimise(damping), at.step(damping)
+    torch.testing.assert_close(step, direction)
+    assert predicted == pytest.approx(decrease)
+    for power in (-2, 1):  # a loss that rises otherwise than its curvature says
+        at = model("mse", n=100)
+        rises = at._above
+        at._above = lambda change, power=power, rises=rises: rises(change) / 2.0**power
+        at.widen(-at.gradient)
+        step, predicted = at.step(damping)
+        torch.testing.assert_close(step, 2.0**power * direction)
+        assert predicted == pytest.approx(2.0**power * decrease, rel=1e-4)
+
+
+def test_a_sample_has_the_large_ones_and_the_mean_of_all():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500).double()
+    sizes = torch.rand(500).double() ** 8
+    sizes[:5] = 40
+    sizes /= sizes.mean()
+    sums, seen = [], torch.zeros(500)
+    for _ in range(400):
+        chosen, weights = sample(sizes, 60, generator)
+        assert 60 <= len(chosen) <= 61
+        assert len(chosen.unique()) == len(chosen)
+        assert set(range(5)) <= set(chosen.tolist())
+        sums.append((weights * values[chosen]).mean())
+        seen[chosen] += 1
+    assert bool(seen.all())
+    sums = torch.stack(sums)
+    assert abs(sums.mean() - values.mean()) < 4 * sums.std() / 20
+    even, weights = sample(torch.ones(500), 100, generator)
+    assert len(even.unique()) == len(even)
+    torch.testing.assert_close(weights, torch.ones(len(even)))
+    assert sample(torch.ones(5), 5, generator)[0] == slice(None)
 
 
 def batches(n, size):

@@ -57,6 +57,24 @@ def test_primal(preconditioner):
     assert helped.iterations < plain.iterations
 
 
+@pytest.mark.parametrize("examples", [9, 60])
+def test_kronecker_inverse_also_of_fewer_examples_than_activations(examples):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    j = jacpot.jacobian(net, torch.randn(examples, 30).double())
+    matrix = GaussNewtonOperator(JacobianOperator(j.blocks, examples, 2))
+    inverse = Kronecker().prepare(matrix, 0.1).inverse
+    expected = []
+    for block in j.blocks:
+        a, s = block.activations.reshape(examples, -1), block.signals.reshape(2 * examples, -1)
+        a = torch.cat([a, torch.ones(examples, 1)], 1)
+        dense = torch.kron(s.T @ s, a.T @ a / examples)
+        order = torch.arange(len(dense)).reshape(s.shape[1], -1)
+        order = torch.cat([order[:, :-1].flatten(), order[:, -1]])  # weights, then the bias
+        expected.append(torch.linalg.inv(dense + 0.1 * torch.eye(len(dense)))[order][:, order])
+    torch.testing.assert_close(inverse @ torch.eye(matrix.shape[0]), torch.block_diag(*expected))
+
+
 def test_operators_write_out_what_they_multiply_by():
     j = operator(n=9, dtype=torch.float64)
     dense = j.dense()

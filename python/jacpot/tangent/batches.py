@@ -1,4 +1,4 @@
-"""Random batches of examples, of one size or of a growing one."""
+"""Random batches of examples, of one size or of a growing one, and samples by importance."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "sample"]
 
 FIRST = 500  # examples of the first batch, where batches grow
+EVEN = 0.1  # share of the mean size that is added to all, so that none is left out for ever
 
 
 class Batches:
@@ -64,3 +65,40 @@ class Batches:
             self._order, self._at = torch.randperm(self._n, generator=self._generator), 0
         self._at += self._size
         return self._order[self._at - self._size : self._at]
+
+
+def sample(sizes: Tensor, count: int, generator: torch.Generator) -> tuple[slice | Tensor, Tensor]:
+    """Draw examples with chances in proportion to their sizes; large ones are certain.
+
+    Systematic sampling without replacement (Madow 1949), with the weights of Horvitz & Thompson
+    (1952): the weighted mean over the sample estimates the mean over all.
+
+    Parameters
+    ----------
+    sizes
+        (N,), at least zero, of mean one.
+    count
+        How many, up to one more; N or more for all.
+    generator
+        On the CPU, as the order of examples is drawn there.
+
+    Returns
+    -------
+    examples, weights
+        An index and what each of them counts.
+    """
+    n = len(sizes)
+    if count >= n:
+        return slice(None), torch.ones_like(sizes)
+    sizes = sizes + EVEN
+    falling, _ = sizes.sort(descending=True)
+    rest = falling.flip(0).cumsum(0).flip(0)
+    places = torch.arange(count, 0, -1, device=sizes.device)
+    # As long as the largest that is left takes more than a whole one of the places left.
+    certain = int((falling[:count] * places > rest[:count]).sum())
+    chances = (sizes * ((count - certain) / rest[certain])).clamp_max(1)
+    order = torch.randperm(n, generator=generator).to(sizes.device)
+    start = float(torch.rand(1, generator=generator))
+    ends = (chances[order].cumsum(0) + start).floor()
+    chosen = order[ends > torch.cat([ends.new_zeros(1), ends[:-1]])]
+    return chosen, len(chosen) / (n * chances[chosen])

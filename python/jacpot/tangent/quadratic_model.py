@@ -17,7 +17,7 @@ __all__ = ["QuadraticModel"]
 
 DIRECT_SIZE = 2000  # systems of this size are factored exactly, in tens of milliseconds
 DIRECT_TOL = 0.01
-SAMPLE = 500  # examples that the Kronecker factors are made of; they only precondition
+SAMPLE = 300  # examples that the Kronecker factors are made of; they only precondition
 DEPENDENT = 1e-6  # share of a direction outside the subspace that is rounding
 
 
@@ -39,6 +39,9 @@ class QuadraticModel:
         g by parameter name.
     value
         The loss at the present weights.
+    above
+        How far the loss lies above its tangent, on average over J's examples, where their outputs
+        change by (N, K).
     generator
         Chooses the examples that the preconditioner is made of.
 
@@ -56,14 +59,17 @@ class QuadraticModel:
         root: Tensor,
         gradient: Mapping[str, Tensor],
         value: float,
+        above: Callable[[Tensor], float],
         generator: torch.Generator,
     ) -> None:
         self._columns, self.n, self.root, self.value = columns, columns.n_examples, root, value
+        self._above = above
         self.operator = JacobianOperator(columns.blocks, self.n, columns.n_outputs)
         self.exact = min(self.operator.shape) <= DIRECT_SIZE
         self.gradient = torch.cat(columns.to_blocks(columns.flatten(gradient))).double()
         self._directions = self.gradient.new_empty(len(self.gradient), 0)  # orthonormal
-        self._images = root.new_empty(self.operator.shape[0], 0)  # of Sᵀ J, with H = S Sᵀ
+        self._images = root.new_empty(self.operator.shape[0], 0)  # under J
+        self._curvature = root.new_empty(0, 0)  # of B
         sample = torch.randperm(self.n, generator=generator)[:SAMPLE].to(root.device)
         part = JacobianOperator(self.operator.at(sample), len(sample), columns.n_outputs)
         self._sample = part.mixed(root[sample])
@@ -104,27 +110,62 @@ class QuadraticModel:
         if not length > DEPENDENT:  # or not finite
             return
         direction = direction / length
-        image = (self.operator @ direction).double().reshape(self.n, -1)
-        image = torch.einsum("nkl,nk->nl", self.root, image).reshape(-1, 1)
+        image = (self.operator @ direction).double()
         self._directions = torch.cat([self._directions, direction[:, None]], 1)
-        self._images = torch.cat([self._images, image], 1)
+        self._images = torch.cat([self._images, image[:, None]], 1)
+        row = self._images.T @ self._curved(image)
+        size = len(row)
+        grown = row.new_empty(size, size)
+        grown[:-1, :-1] = self._curvature
+        grown[-1], grown[:, -1] = row, row
+        self._curvature = grown
 
     def minimise(self, damping: float) -> tuple[Tensor, float]:
         """Minimise ``m(d) + damping/2 ‖d‖²`` over the subspace; give d and the decrease of m."""
         weights, decrease = self._weigh(damping)
         return self._directions @ weights, decrease
 
+    def step(self, damping: float) -> tuple[Tensor, float]:
+        """Scale that d by the power of two that is best for the loss of the linearised network.
+
+        Far from the minimum the parabola of a convex loss may say little about its course: that
+        of an exponential tail ends where the loss has fallen by a factor of e.
+
+        Returns
+        -------
+        direction, decrease
+            The decrease is of the loss of the linearised network.
+        """
+        weights, _ = self._weigh(damping)
+        direction, change = self._directions @ weights, (self._images @ weights).reshape(self.n, -1)
+        slope, size = float(self.gradient @ direction), float(weights.square().sum())
+
+        def value(length: float) -> float:
+            return length * slope + self._above(length * change)
+
+        length, best = 1.0, value(1.0) + 0.5 * damping * size
+        for factor in (2.0, 0.5):
+            while True:
+                trial = factor * length
+                after = value(trial) + 0.5 * damping * trial**2 * size
+                if not after < best:
+                    break
+                length, best = trial, after
+        return length * direction, 0.5 * damping * length**2 * size - best
+
     def residual(self, damping: float) -> Tensor:
         """``-g - (B + damping·I) d`` at that d: one product with Jᵀ."""
         weights, _ = self._weigh(damping)
-        images = (self._images @ weights).reshape(self.n, -1)
-        mixed = torch.einsum("nkl,nl->nk", self.root, images).reshape(-1)
-        curved = (self.operator.T @ mixed).double() / self.n
+        curved = (self.operator.T @ self._curved(self._images @ weights)).double()
         return -self.gradient - curved - damping * (self._directions @ weights)
 
+    def _curved(self, image: Tensor) -> Tensor:
+        """``H / N`` times a change of the outputs (N·K,)."""
+        mixed = torch.einsum("nkl,nk->nl", self.root, image.reshape(self.n, -1))
+        return torch.einsum("nkl,nl->nk", self.root, mixed).reshape(-1) / self.n
+
     def _weigh(self, damping: float) -> tuple[Tensor, float]:
-        curvature = self._images.T @ self._images / self.n
-        slopes = self._directions.T @ self.gradient
+        slopes, curvature = self._directions.T @ self.gradient, self._curvature
         weights = -torch.linalg.solve(
             curvature + damping * torch.eye(len(slopes)).to(slopes), slopes
         )

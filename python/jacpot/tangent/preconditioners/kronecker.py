@@ -56,24 +56,47 @@ class _Layer:
         if block.bias:
             a = torch.cat([a, a.new_ones(n * t, 1)], dim=1)
         s = block.signals.reshape(n * k * t, -1)
-        self.bias = block.bias
-        in_values, self.inner = torch.linalg.eigh(a.T @ a / (n * t))
+        self.bias, self.damping = block.bias, damping
+        in_values, self.inner = _eigen(a)
         out_values, self.outer = torch.linalg.eigh(s.T @ s)
-        product = out_values.clamp_min(0)[:, None] * in_values.clamp_min(0)
+        product = out_values.clamp_min(0)[:, None] * in_values.clamp_min(0) / (n * t)
         self.divisor = product + damping
+        self.shape = (len(out_values), a.shape[1])
 
     def solve(self, x: Tensor) -> Tensor:
-        o, i = self.divisor.shape
+        o, i = self.shape
         weights = o * (i - 1) if self.bias else o * i
         matrix = x[:weights].T.reshape(x.shape[1], o, -1)
         if self.bias:
             matrix = torch.cat([matrix, x[weights:].T[:, :, None]], dim=2)
-        matrix = self.outer @ ((self.outer.T @ matrix @ self.inner) / self.divisor) @ self.inner.T
+        inner = matrix @ self.inner
+        solved = self.outer @ ((self.outer.T @ inner) / self.divisor)
+        if self.inner.shape[1] < i:  # outside of the activations' span there is the damping alone
+            matrix = torch.baddbmm(
+                matrix, solved - inner / self.damping, self.inner.T.expand(len(x.T), -1, -1),
+                beta=1 / self.damping,
+            )  # fmt: skip
+        else:
+            matrix = solved @ self.inner.T
         if not self.bias:
             result: Tensor = matrix.flatten(1)
         else:
             result = torch.cat([matrix[:, :, :-1].flatten(1), matrix[:, :, -1]], dim=1)
         return result.T
+
+
+def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of ``AᵀA`` for A (m, n); of few rows, only of its span."""
+    m, n = rows.shape
+    if 2 * m > n:
+        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        return values, vectors
+    # From A Aᵀ, in float64: the vectors' errors grow with the spread of the values.
+    wide = rows.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    kept = values > max(torch.finfo(rows.dtype).eps, 1e-10) * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    return values.to(rows.dtype), (wide.T @ (vectors / values.sqrt())).to(rows.dtype)
 
 
 class _Diagonal:
