@@ -16,7 +16,8 @@ from jacpot.tangent.losses import Loss, Weighted, flat_targets, get_loss
 from jacpot.tangent.network import Inputs, n_examples, take
 from jacpot.tangent.newton import fit_convex
 from jacpot.tangent.operators import JacobianOperator
-from jacpot.tangent.squared import fit_squared, named
+from jacpot.tangent.preconditioners.named import named
+from jacpot.tangent.squared import fit_squared
 from jacpot.tangent.streamed import StreamedJacobian
 
 __all__ = ["Problem", "pose"]
@@ -99,13 +100,11 @@ class Problem:
         start: Tensor | None,
     ) -> Solution:
         """Solve for Δ, in the order of the blocks: see `LinearizedModule.fit`."""
-        rest = (tol, max_iter, callback, start)
+        how = (self.ridge, method, named(preconditioner), tol, max_iter, callback, start)
         if self.loss == "mse":
-            how = (self.ridge, method, preconditioner, *rest)
             return fit_squared(self.jacobian, self.residual, *how)
         if self.ridge == 0:
             raise ValueError(f"argument 'ridge' must be above 0 for loss {self.loss!r}")
-        how = (self.ridge, method, named(preconditioner), *rest)
         return fit_convex(self.jacobian, self.outputs, self.targets, self.objective, *how)
 
 

@@ -17,13 +17,10 @@ from torch import Tensor
 from jacpot.linalg import Interrupted, Solution, Status, solve
 from jacpot.linalg.arguments import check_limits
 from jacpot.linalg.preconditioners import Identity
-from jacpot.linalg.solve import NAMED as GENERAL
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
-from jacpot.tangent.preconditioners import Auto, Kronecker, TraceKernel
+from jacpot.tangent.preconditioners import Auto
 
-__all__ = ["METHODS", "fit_squared", "named"]
-
-NAMED = {"auto": Auto(), "trace": TraceKernel(), "kronecker": Kronecker()}
+__all__ = ["METHODS", "fit_squared"]
 
 METHODS = ("auto", "dual", "primal", "lsmr", "svd")
 
@@ -37,7 +34,7 @@ def fit_squared(
     residual: Tensor,
     ridge: float,
     method: str = "auto",
-    preconditioner: Any = "auto",
+    preconditioner: Any = None,
     tol: float = 1e-6,
     max_iter: int | None = None,
     callback: Callable[[int, float, float], Any] | None = None,
@@ -56,9 +53,8 @@ def fit_squared(
     method
         One of `METHODS`.
     preconditioner
-        As in :func:`jacpot.solve`, an object of `jacpot.tangent.preconditioners`, or the name of
-        one: ``"auto"``, ``"trace"`` (dual) or ``"kronecker"`` (primal, lsmr). With ``"lsmr"`` only
-        where there is a ridge, and not with ``"svd"``.
+        As in :func:`jacpot.solve`, or an object of `jacpot.tangent.preconditioners`. With
+        ``"lsmr"`` only where there is a ridge, and not with ``"svd"``.
     start
         First Δ (P,), or None.
     tol, max_iter, callback
@@ -70,7 +66,6 @@ def fit_squared(
         ``x`` is Δ (P,) in float64; ``details["dual"]`` is α (N·K,) where the dual was solved.
     """
     check_limits(tol, max_iter)
-    preconditioner = named(preconditioner)
     automatic = preconditioner is None or isinstance(preconditioner, Auto | Identity)
     r = residual.double().reshape(-1)
     method = _choose(method, jacobian, ridge)
@@ -98,18 +93,6 @@ def fit_squared(
     except Interrupted as stop:
         raise Interrupted(_from_dual(jacobian, stop.solution)) from None
     return _from_dual(jacobian, solution)
-
-
-def named(preconditioner: Any) -> Any:
-    """Look up a preconditioner by its name; anything else is returned as it is."""
-    if not isinstance(preconditioner, str):
-        return preconditioner
-    known = {**GENERAL, **NAMED}
-    if preconditioner not in known:
-        raise ValueError(
-            f"argument 'preconditioner' must be one of {sorted(known)}, got {preconditioner!r}"
-        )
-    return known[preconditioner]
 
 
 def _from_dual(jacobian: JacobianOperator, solution: Solution) -> Solution:
