@@ -7,9 +7,9 @@ import torch
 
 import jacpot
 from jacpot.linalg import DenseOperator, Status
-from jacpot.linalg.operator import power_of_two, power_of_two_above
 from jacpot.linalg.preconditioners import Diagonal, Identity, Nystrom, PartialCholesky
 from jacpot.linalg.preconditioners.partial_cholesky import random_pivoted_cholesky
+from jacpot.linalg.scaling import power_of_two, power_of_two_above
 
 TABLE = [Identity(), Diagonal(), Nystrom(rank=80), Nystrom(), PartialCholesky(rank=80, block=10)]
 

@@ -73,3 +73,50 @@ def test_columns_in_another_order_are_written_out_in_it():
     torch.testing.assert_close(operator.dense(), jacobian.dense().flatten(0, 1))
     torch.testing.assert_close(operator.T.dense(), jacobian.dense().flatten(0, 1).T)
     assert operator.double().dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("columns", [(), (3,)])
+def test_damping_goes_by_the_smaller_square_system(name, columns):
+    """Where that is accurate; what converged means is LSMR's to say."""
+    net, x = networks()[name]
+    jacobian = jacpot.jacobian(net, x)
+    dense = jacobian.to_operator().double().dense()
+    b = torch.randn(len(dense), *columns)
+    wide = dense.shape[0] <= dense.shape[1]
+    for tol in (1e-4, 1e-9):
+        solution = jacpot.solve(jacobian, b, damping=0.2, tol=tol).raise_if_failed()
+        assert solution.method.startswith("cg on A Aᵀ" if wide else "cg on Aᵀ A")
+        assert solution.preconditioner.startswith("auto: cholesky")
+        r = b.double() - dense @ solution.x
+        size = torch.hypot(r.norm(dim=0), 0.2**0.5 * solution.x.norm(dim=0))
+        normal = (dense.T @ r - 0.2 * solution.x).norm(dim=0)
+        norm_a = torch.hypot(torch.linalg.matrix_norm(dense, 2), torch.tensor(0.2**0.5))
+        assert (normal <= 1.01 * tol * norm_a * size).all()
+    by_lsmr = jacpot.solve(jacobian, b, damping=0.2, method="lsmr", tol=1e-9)
+    torch.testing.assert_close(solution.x, by_lsmr.x, rtol=1e-6, atol=1e-7)
+    again = jacpot.solve(jacobian, b, damping=0.2, tol=1e-7, x0=solution.x)
+    torch.testing.assert_close(again.x, solution.x, rtol=1e-5, atol=1e-6)
+
+
+def test_little_damping_is_not_squared():
+    net, x = networks()["linear"]
+    jacobian, b = jacpot.jacobian(net, x), torch.ones(6)
+    for damping in (0.0, 1e-12):
+        solution = jacpot.solve(jacobian, b, damping=damping, tol=1e-8).raise_if_failed()
+        assert solution.method == "lsmr"
+
+
+def test_a_square_system_that_is_stopped():
+    net, x = networks()["linear"]
+    jacobian, b = jacpot.jacobian(net, x), torch.ones(6).numpy()
+    solution = jacpot.solve(jacobian, b, damping=1.0, tol=1e-12, callback=lambda *_: False)
+    assert solution.status is jacpot.linalg.Status.interrupted
+    assert type(solution.x) is type(b)
+
+    def press_ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(jacpot.linalg.Interrupted) as stop:
+        jacpot.solve(jacobian, b, damping=1.0, callback=press_ctrl_c)
+    assert stop.value.solution.x.shape == (12,)

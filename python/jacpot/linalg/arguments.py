@@ -1,4 +1,4 @@
-"""What solvers ask of their numeric arguments."""
+"""What solvers ask of their arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import math
 import operator
 from typing import Any
 
-__all__ = ["check_count", "check_limits", "check_number"]
+import torch
+from torch import Tensor
+
+from jacpot.ops.arrays import as_tensor
+
+__all__ = ["FLOATS", "check_count", "check_limits", "check_number", "float_tensor"]
+
+FLOATS = (torch.float32, torch.float64)
 
 
 def check_number(name: str, value: Any, *, zero: bool = True) -> float:
@@ -39,3 +46,15 @@ def check_limits(tol: Any, max_iter: Any) -> None:
     check_number("tol", tol, zero=False)
     if max_iter is not None:
         check_count("max_iter", max_iter)
+
+
+def float_tensor(name: str, array: Any) -> Tensor:
+    """Take a tensor, NumPy or CuPy array of a float dtype, without a copy where possible."""
+    tensor = as_tensor(name, array)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"argument {name!r} must be float32 or float64, got {tensor.dtype}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"argument {name!r} must be on the CPU or a CUDA device, got {tensor.device}"
+        )
+    return tensor.detach()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from jacpot._backend import core, threads
-from jacpot.ops.arrays import as_kind, as_tensor, is_cupy, like
+from jacpot.linalg.arguments import FLOATS, float_tensor
 
-__all__ = ["DenseOperator", "FunctionOperator", "LinearOperator", "as_operator"]
-
-_FLOATS = (torch.float32, torch.float64)
+__all__ = ["DenseOperator", "FunctionOperator", "LinearOperator", "NormalOperator"]
 
 
 class LinearOperator:
@@ -40,6 +36,9 @@ class LinearOperator:
     least_squares : bool
         Whether it stands for a least-squares problem even if it is square: then `jacpot.solve`
         adds damping to the normal equations.
+    square_preconditioner : Preconditioner or None
+        What speeds up ``A Aᵀ + damping·I`` or ``Aᵀ A + damping·I``, whichever is smaller, so that
+        damped least squares had better go that way.
 
     Examples
     --------
@@ -59,6 +58,7 @@ class LinearOperator:
     column_group: int = 1
     replayable: bool = False
     least_squares: bool = False
+    square_preconditioner: Any = None
 
     def _matmat(self, x: Tensor) -> Tensor:
         """Multiply ``x`` (columns, R) of this operator's dtype; returns (rows, R)."""
@@ -94,6 +94,10 @@ class LinearOperator:
     def _normal(self) -> LinearOperator:
         """Give ``Aᵀ A``, which preconditioners of least-squares problems are made for."""
         return NormalOperator(self)
+
+    def _kernel(self) -> LinearOperator:
+        """Give ``A Aᵀ``."""
+        return NormalOperator(self.T)
 
     def _core(self) -> Any:
         """Give what the compiled solvers call for a product."""
@@ -173,7 +177,7 @@ class DenseOperator(LinearOperator):
     replayable = True
 
     def __init__(self, matrix: Any) -> None:
-        tensor = _as_tensor(matrix, "operator")
+        tensor = float_tensor("operator", matrix)
         if tensor.ndim != 2:
             raise ValueError(
                 f"argument 'operator' must have 2 dimensions, got shape {tuple(tensor.shape)}"
@@ -291,7 +295,7 @@ class FunctionOperator(LinearOperator):
         double: Callable[[], LinearOperator] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             raise TypeError(f"argument 'dtype' must be torch.float32 or torch.float64, got {dtype}")
         if rmatmat is None and shape[0] != shape[1]:
             raise ValueError(f"argument 'rmatmat' is needed when shape is not square, got {shape}")
@@ -316,134 +320,3 @@ class FunctionOperator(LinearOperator):
 
     def _double(self) -> LinearOperator:
         return self if self._make_double is None else self._make_double()
-
-
-def as_operator(operator: Any, rhs: Any) -> LinearOperator:
-    """Read the matrix argument of :func:`jacpot.solve`.
-
-    Parameters
-    ----------
-    operator
-        A `LinearOperator`, or what has a method ``to_operator`` that gives one, like a `Jacobian`;
-        a 2-dimensional array; a sparse tensor; an object with ``shape`` and ``@`` (SciPy sparse
-        matrices and operators, CuPy's, ``linear_operator``'s); or a function of a vector, symmetric
-        and of the size of ``rhs``, that takes and returns what ``rhs`` is (tensor, NumPy or CuPy
-        array).
-    rhs
-        The right-hand side, for its kind, dtype, size and device.
-
-    Returns
-    -------
-    LinearOperator
-
-    Raises
-    ------
-    TypeError
-        For what is none of these, or is not float32 or float64.
-    ValueError
-        For an array that does not have 2 dimensions.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from jacpot.linalg import as_operator
-    >>> twice = as_operator(lambda v: 2 * v, torch.ones(3))
-    >>> twice.shape, twice @ torch.ones(3)
-    ((3, 3), tensor([2., 2., 2.]))
-    """
-    if isinstance(operator, LinearOperator):
-        return operator
-    if hasattr(operator, "to_operator"):
-        read: LinearOperator = operator.to_operator()
-        return read
-    if isinstance(operator, Tensor) and operator.layout != torch.strided:
-        return _from_sparse(operator.detach())
-    if isinstance(operator, (Tensor, numpy.ndarray)) or is_cupy(operator):
-        return DenseOperator(operator)
-    tensor = as_tensor("rhs", rhs)
-    dtype = torch.float32 if tensor.dtype == torch.float32 else torch.float64
-    shape = getattr(operator, "shape", None)
-    if shape is not None and len(shape) == 2 and hasattr(operator, "__matmul__"):
-        return _from_object(operator, (int(shape[0]), int(shape[1])), dtype, tensor.device)
-    if callable(operator):
-        return _from_function(operator, rhs, dtype, tensor.device)
-    raise TypeError(
-        "argument 'operator' must be a LinearOperator, a 2-dimensional array, an object with "
-        f"'shape' and '@', or a function, got {type(operator).__name__}"
-    )
-
-
-def _from_sparse(matrix: Tensor) -> LinearOperator:
-    if matrix.ndim != 2:
-        raise ValueError(
-            f"argument 'operator' must have 2 dimensions, got shape {tuple(matrix.shape)}"
-        )
-    if matrix.dtype not in _FLOATS:
-        raise TypeError(f"argument 'operator' must be float32 or float64, got {matrix.dtype}")
-    transposed = matrix.transpose(0, 1)
-    return FunctionOperator(
-        (matrix.shape[0], matrix.shape[1]),
-        lambda x: matrix @ x,
-        lambda x: transposed @ x,
-        matrix.dtype,
-        lambda: _from_sparse(matrix.double()),
-        matrix.device,
-    )
-
-
-def _from_object(
-    operator: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> LinearOperator:
-    # SciPy's and CuPy's say that they work on such arrays by their dtype; others are torch's.
-    own = getattr(operator, "dtype", dtype)
-    working = torch.float32 if str(own).endswith("float32") else torch.float64
-    kind: Any = (
-        "torch" if isinstance(own, torch.dtype) else "cupy" if is_cupy(operator) else "numpy"
-    )
-
-    def product(side: Any) -> Callable[[Tensor], Tensor]:
-        return lambda x: as_tensor("operator", side @ as_kind(x, kind)).contiguous()
-
-    where = torch.device("cpu") if kind == "numpy" else device
-    return FunctionOperator(shape, product(operator), product(operator.T), working, device=where)
-
-
-def _from_function(
-    function: Callable[[Any], Any], rhs: Any, dtype: torch.dtype, device: torch.device
-) -> LinearOperator:
-    size, flat = rhs.shape[0], rhs.ndim == 1
-
-    def matmat(x: Tensor) -> Tensor:
-        out = as_tensor("operator", function(like(x[:, 0] if flat else x, rhs)))
-        return out[:, None] if flat else out
-
-    return FunctionOperator((size, size), matmat, dtype=dtype, device=device)
-
-
-def _as_tensor(array: Any, name: str) -> Tensor:
-    """Take a tensor, NumPy or CuPy array of a float dtype, without a copy where possible."""
-    tensor = as_tensor(name, array)
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"argument {name!r} must be float32 or float64, got {tensor.dtype}")
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"argument {name!r} must be on the CPU or a CUDA device, got {tensor.device}"
-        )
-    return tensor.detach()
-
-
-def power_of_two_above(size: float) -> float:
-    """Give a power of two above a size, far from the ends of float64's range; 1 for zero."""
-    return math.ldexp(1.0, max(-1000, min(1000, math.frexp(size)[1]))) if size > 0 else 1.0
-
-
-def power_of_two(columns: Tensor) -> Tensor:
-    """Give for each column a power of two above its largest element; 1 where all are zero.
-
-    As :func:`power_of_two_above`, without waiting for a GPU.
-    """
-    if columns.shape[0] == 0:
-        return torch.ones(columns.shape[1], dtype=torch.float64, device=columns.device)
-    sizes = columns.abs().amax(dim=0).double()
-    exponents = torch.where(sizes.isfinite(), torch.frexp(sizes).exponent, 0).clamp(-1000, 1000)
-    return (exponents.long() + 1023 << 52).view(torch.float64)  # the bits of 2 to that power

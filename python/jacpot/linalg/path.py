@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacpot.linalg.arguments import check_limits, check_number
+from jacpot.linalg.arguments import check_limits, check_number, float_tensor
+from jacpot.linalg.attempt import iterate
+from jacpot.linalg.conversion import as_operator
 from jacpot.linalg.lanczos import solve_shifted
-from jacpot.linalg.operator import (
-    DenseOperator,
-    LinearOperator,
-    _as_tensor,
-    as_operator,
-    power_of_two,
-)
+from jacpot.linalg.operator import DenseOperator, LinearOperator
 from jacpot.linalg.preconditioners.cholesky import Cholesky
+from jacpot.linalg.scaling import power_of_two
 from jacpot.linalg.solution import Solution, Status
-from jacpot.linalg.solve import is_symmetric, iterate, solve
+from jacpot.linalg.solve import is_symmetric, solve
 from jacpot.linalg.system import shifted
 from jacpot.ops.arrays import like
 
@@ -76,7 +73,7 @@ def solve_path(
     """
     values = [check_number("dampings", damping, zero=False) for damping in dampings]
     check_limits(tol, None)
-    b = _as_tensor(rhs, "rhs")
+    b = float_tensor("rhs", rhs)
     a = as_operator(operator, rhs)
     if not shifted(a):
         got = f"shape {a.shape}" if a.shape[0] != a.shape[1] else "a Jacobian"

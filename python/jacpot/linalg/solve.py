@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacpot import _backend
-from jacpot._backend import core, threads
-from jacpot.linalg import cuda
-from jacpot.linalg.arguments import check_limits, check_number
-from jacpot.linalg.operator import (
-    DenseOperator,
-    LinearOperator,
-    _as_tensor,
-    as_operator,
-    power_of_two_above,
-)
-from jacpot.linalg.preconditioners import (
-    Cholesky,
-    Diagonal,
-    Identity,
-    Nystrom,
-    PartialCholesky,
-    Preconditioner,
-    Prepared,
-)
+from jacpot.linalg.arguments import check_limits, check_number, float_tensor
+from jacpot.linalg.attempt import Callback, attempt
+from jacpot.linalg.conversion import as_operator
+from jacpot.linalg.operator import DenseOperator, LinearOperator
+from jacpot.linalg.scaling import power_of_two_above
 from jacpot.linalg.solution import Interrupted, Solution, Status
-from jacpot.linalg.system import EXTREME, AffineOperator, System, shifted
+from jacpot.linalg.system import EXTREME, System, shifted
 from jacpot.ops.arrays import like
 
-__all__ = ["iterate", "prepare", "solve"]
-
-Callback = Callable[[int, float, float], Any]
+__all__ = ["is_symmetric", "solve"]
 
 METHODS = ("auto", "cg", "block_cg", "minres", "lsmr", "cholesky")
 
 CHOLESKY_SIZE = 20_000  # a float32 factor of this size takes 1.6 GB
-
-NAMED: dict[str, Preconditioner] = {
-    "none": Identity(),
-    "diagonal": Diagonal(),
-    "nystrom": Nystrom(),
-    "partial_cholesky": PartialCholesky(),
-}
 
 
 def solve(
@@ -81,7 +56,10 @@ def solve(
         several right-hand sides, which then share one search space; ``"cholesky"`` for such as fit
         in memory, refined to float64 accuracy; ``"minres"`` for symmetric ones of any signature;
         ``"lsmr"`` for any shape, which gives the least-squares solution of least norm. ``"auto"``
-        takes Cholesky for symmetric arrays, CG for other square operators, and LSMR for the rest.
+        takes Cholesky for symmetric arrays, CG for other square operators, and LSMR for the rest;
+        for a Jacobian with damping preconditioned CG on ``A Aᵀ`` or ``Aᵀ A``, whichever is smaller,
+        where squaring the condition number leaves the accuracy asked for. LSMR judges the result,
+        and goes on from it if need be.
     tol
         Relative to the norm of each right-hand side.
     max_iter
@@ -130,7 +108,7 @@ def solve(
     (True, tensor([0.0909, 0.6364], dtype=torch.float64))
     """
     start = time.perf_counter()
-    b = _as_tensor(rhs, "rhs")
+    b = float_tensor("rhs", rhs)
     if b.ndim not in (1, 2):
         raise ValueError(f"argument 'rhs' must have 1 or 2 dimensions, got shape {tuple(b.shape)}")
     columns = b if b.ndim == 2 else b.unsqueeze(1)
@@ -141,6 +119,11 @@ def solve(
     if a.device != b.device:
         raise ValueError(f"argument 'operator' must be on {b.device} like 'rhs', got {a.device}")
     _check_arguments(a, b, damping, tol, max_iter)
+    damping = float(damping)
+    limit = min(10 * a.shape[1], 20_000) if max_iter is None else max_iter
+    if method == "auto" and preconditioner is None and _is_better_squared(a, damping, tol):
+        first = _solve_squared(a, rhs, damping, tol, limit, x0, callback)
+        return _judge_squared(first, a, rhs, damping, tol, limit, callback, start)
     method = _choose(method, a, preconditioner is not None)
     if isinstance(a, DenseOperator) and method != "lsmr":
         a = DenseOperator(a.matrix)
@@ -157,21 +140,20 @@ def solve(
         guess = _first_guess(x0, shape, b.device).double().reshape(a.shape[1], -1) / scale
         # Of a zero right-hand side the solution is known.
         guess = torch.where(columns.any(dim=0), guess, 0.0)
-    limit = min(10 * a.shape[1], 20_000) if max_iter is None else max_iter
     options = (method, preconditioner, float(tol), limit, callback)
-    system = System(a, float(damping), method == "lsmr" and not shifted(a))
-    attempt = _attempt(system, 1.0, columns, guess, *options)
-    if not attempt.interrupted and _is_extreme(attempt.result["largest"], largest):
+    system = System(a, damping, method == "lsmr" and not shifted(a))
+    run = attempt(system, 1.0, columns, guess, *options)
+    if not run.interrupted and _is_extreme(run.result["largest"], largest):
         unit = system.unit()
         if unit != 1:
-            attempt = _attempt(system, unit, attempt.columns, guess, *options)
-    out: Any = attempt.x.mul_(scale)
-    if attempt.unit != 1:
-        out.div_(attempt.unit)
-    status, norms = attempt.judge(scales, scale, float(tol))
+            run = attempt(system, unit, run.columns, guess, *options)
+    out: Any = run.x.mul_(scale)
+    if run.unit != 1:
+        out.div_(run.unit)
+    status, norms = run.judge(scales, scale, float(tol))
     relative = [
         n / of_b if of_b else math.inf if n else 0.0
-        for n, of_b in zip(norms, attempt.result["rhs_norms"], strict=True)
+        for n, of_b in zip(norms, run.result["rhs_norms"], strict=True)
     ]
     # NaN is worse than any number.
     order = range(len(relative))
@@ -179,19 +161,79 @@ def solve(
     solution = Solution(
         x=like(out.view(shape), rhs),
         status=status,
-        iterations=attempt.result["iterations"],
+        iterations=run.result["iterations"],
         residual_norm=0.0 if worst is None else norms[worst] * scales[worst],
         relative_residual=0.0 if worst is None else relative[worst],
-        history=attempt.result["history"],
+        history=run.result["history"],
         method=method,
-        preconditioner=attempt.description,
+        preconditioner=run.description,
         seconds=time.perf_counter() - start,
-        setup_seconds=attempt.setup_seconds,
-        details={"products": attempt.result.get("products", 0)},
+        setup_seconds=run.setup_seconds,
+        details={"products": run.result.get("products", 0)},
     )
-    if attempt.interrupted:
+    if run.interrupted:
         raise Interrupted(solution)
     return solution
+
+
+def _is_better_squared(a: LinearOperator, damping: float, tol: float) -> bool:
+    """Tell whether damped least squares are to be solved by way of ``A Aᵀ`` or ``Aᵀ A``."""
+    if damping == 0 or shifted(a) or a.square_preconditioner is None or 0 in a.shape:
+        return False
+    # The trace bounds the square of the norm, and so the rounding of the square system.
+    trace = float(a._kernel().diagonal().double().sum())
+    return torch.finfo(torch.float64).eps * trace <= tol * damping
+
+
+def _solve_squared(
+    a: LinearOperator, rhs: Any, damping: float, tol: float, limit: int, x0: Any,
+    callback: Callback | None,
+) -> Solution:  # fmt: skip
+    """Solve ``x = Aᵀ (A Aᵀ + damping·I)⁻¹ b`` or ``(Aᵀ A + damping·I) x = Aᵀ b``."""
+    b = float_tensor("rhs", rhs).double()
+    exact, wide = a.double(), a.shape[0] <= a.shape[1]
+    guess = None
+    if x0 is not None:
+        guess = _first_guess(x0, (a.shape[1], *b.shape[1:]), b.device).double()
+        # At the solution (A Aᵀ + damping·I)⁻¹ b is the residual over the damping.
+        guess = (b - exact @ guess) / damping if wide else guess
+
+    def found(solution: Solution) -> Solution:
+        x = exact.T @ solution.x if wide else solution.x
+        method = "cg on A Aᵀ" if wide else "cg on Aᵀ A"
+        return replace(solution, x=like(x, rhs), method=method)
+
+    options: dict[str, Any] = {"max_iter": limit, "x0": guess, "callback": callback}
+    options["preconditioner"] = a.square_preconditioner
+    try:
+        if wide:
+            return found(solve(a._kernel(), b, damping, "cg", tol, **options))
+        return found(solve(a._normal(), exact.T @ b, damping, "cg", tol, **options))
+    except Interrupted as stop:
+        raise Interrupted(found(stop.solution)) from None
+
+
+def _judge_squared(
+    first: Solution, a: LinearOperator, rhs: Any, damping: float, tol: float, limit: int,
+    callback: Callback | None, start: float,
+) -> Solution:  # fmt: skip
+    """Let LSMR say what the solution is worth, and improve it as far as iterations are left."""
+    last = first
+    if first.status is not Status.interrupted:
+        usable = bool(torch.isfinite(float_tensor("x", first.x)).all())
+        options: dict[str, Any] = {"x0": first.x if usable else None, "callback": callback}
+        left = max(0, limit - first.iterations)
+        judged = solve(a, rhs, damping, "lsmr", tol, left, **options)
+        last = replace(
+            judged,
+            iterations=first.iterations + judged.iterations,
+            history=first.history + judged.history,
+            method=first.method + (", then lsmr" if judged.iterations else ""),
+            preconditioner=first.preconditioner,
+            setup_seconds=first.setup_seconds,
+            details={"products": first.details["products"] + judged.details["products"]},
+        )
+    return replace(last, seconds=time.perf_counter() - start)
 
 
 def _largest(columns: Tensor) -> list[float]:
@@ -203,7 +245,7 @@ def _largest(columns: Tensor) -> list[float]:
 
 
 def _first_guess(x0: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    guess = _as_tensor(x0, "x0")
+    guess = float_tensor("x0", x0)
     if guess.shape != shape:
         raise ValueError(f"argument 'x0' must have shape {shape}, got {tuple(guess.shape)}")
     if guess.device != device:
@@ -213,80 +255,6 @@ def _first_guess(x0: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
     return guess
 
 
-@dataclass
-class _Attempt:
-    """What a solver made of ``(A + damping·I) / unit · x = columns``; see `iterate`."""
-
-    system: System
-    unit: float
-    columns: Tensor
-    x: Tensor
-    result: dict[str, Any]
-    description: str
-    setup_seconds: float
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether it was by Ctrl-C, before the last recomputation of the residual."""
-        return "residual_norms" not in self.result
-
-    def judge(self, scales: list[float], scale: Tensor, tol: float) -> tuple[Status, list[float]]:
-        """Give the status and the residuals' norms of x, which is in the caller's units by now.
-
-        That changed nothing but where it left the range of float64, or came near its end.
-        """
-        status = Status(self.result["outcome"])
-        if not self.interrupted and all(
-            size == 0 or 1e-250 < size * (factor / self.unit) < 1e300
-            for size, factor in zip(self.result["largest"], scales, strict=True)
-        ):
-            return status, self.result["residual_norms"]
-        norms: list[float] = self.system.residual_norms(
-            self.columns, self.x / scale * self.unit
-        ).tolist()
-        if status is Status.converged:
-            reached = self.result["residual_norms"], self.result["rhs_norms"]
-            if not all(map(math.isfinite, norms)):
-                status = Status.non_finite
-            elif any(now > r + tol * of_b for now, r, of_b in zip(norms, *reached, strict=True)):
-                status = Status.stagnated
-        return status, norms
-
-
-def _attempt(
-    system: System,
-    unit: float,
-    columns: Tensor,
-    guess: Tensor | None,
-    method: str,
-    preconditioner: Any,
-    tol: float,
-    limit: int,
-    callback: Callback | None,
-) -> _Attempt:
-    start = time.perf_counter()
-    scaled = system.over(unit)
-    a, damping = scaled.a, scaled.damping
-    if method == "lsmr" and not scaled.stacked and damping:
-        a, damping = AffineOperator(a, shift=damping), 0.0
-    if method == "cholesky":
-        preconditioner = Cholesky()
-    target = a._normal() if method == "lsmr" and preconditioner is not None else a
-    prepared = prepare(preconditioner, target, damping)
-    inverse = prepared.inverse
-    if unit != 1 and inverse is not None and not isinstance(preconditioner, (str, Preconditioner)):
-        # It is the caller's own, for the system in the caller's units.
-        for _ in range(2 if method == "lsmr" else 1):
-            inverse = AffineOperator(inverse, unit)
-    setup = 0.0 if preconditioner is None else time.perf_counter() - start
-    x = columns.new_zeros(a.shape[1], columns.shape[1])
-    if guess is not None:
-        torch.mul(guess, unit, out=x)
-    name = "cg" if method == "cholesky" else method
-    result = iterate(name, a, columns, x, damping, inverse, tol, limit, callback)
-    return _Attempt(scaled, unit, columns, x, result, prepared.description, setup)
-
-
 def _is_extreme(sizes: list[float], sizes_b: list[float]) -> bool:
     """Tell whether the operator's squares may have left the range of float64.
 
@@ -294,44 +262,6 @@ def _is_extreme(sizes: list[float], sizes_b: list[float]) -> bool:
     """
     pairs = zip(sizes, sizes_b, strict=True)
     return any(of_b > 0 and not 1 / EXTREME < of_x < EXTREME for of_x, of_b in pairs)
-
-
-def iterate(
-    method: str,
-    a: LinearOperator,
-    columns: Tensor,
-    x: Tensor,
-    damping: float,
-    inverse: LinearOperator | None,
-    tol: float,
-    max_iter: int,
-    callback: Callback | None,
-) -> dict[str, Any]:
-    """Improve ``x`` (n, R) in place, on the device it is on, and say what happened.
-
-    Returns
-    -------
-    dict
-        ``outcome``, ``iterations``, ``history``; for each column ``rhs_norms``, ``largest``, the
-        size of an element of x, and ``residual_norms``, recomputed; ``products``. The last two are
-        missing after Ctrl-C.
-    """
-    if _backend.on_cuda(x):
-        return cuda.iterate(method, a, columns, x, damping, inverse, tol, max_iter, callback)
-    core_inverse: Any = None if inverse is None else inverse._core()
-    result: dict[str, Any] = core.krylov_solve(
-        method,
-        a._core(),
-        columns.numpy(),
-        x.numpy(),
-        damping,
-        core_inverse,
-        tol,
-        max_iter,
-        threads(),
-        callback,
-    )
-    return result
 
 
 def _check_arguments(
@@ -380,36 +310,3 @@ def is_symmetric(matrix: Tensor) -> bool:
             if float((upper - lower.T).abs_().max()) > bound:
                 return False
     return True
-
-
-def prepare(preconditioner: Any, a: LinearOperator, damping: float) -> Prepared:
-    """Make what :func:`solve` takes as ``preconditioner`` for ``a + damping·I``."""
-    if preconditioner is None:
-        return Prepared(None, "none")
-    if isinstance(preconditioner, str):
-        if preconditioner not in NAMED:
-            raise ValueError(
-                f"argument 'preconditioner' must be one of {sorted(NAMED)}, got {preconditioner!r}"
-            )
-        preconditioner = NAMED[preconditioner]
-    if isinstance(preconditioner, Prepared):
-        return preconditioner
-    if isinstance(preconditioner, Preconditioner):
-        return preconditioner.prepare(a, damping)
-    if isinstance(preconditioner, LinearOperator):
-        inverse = preconditioner
-    elif callable(preconditioner):
-        inverse = as_operator(
-            preconditioner, torch.empty(a.shape[0], 1, dtype=a.dtype, device=a.device)
-        )
-    else:
-        raise TypeError(
-            "argument 'preconditioner' must be None, a name, a Preconditioner, a LinearOperator "
-            f"or a function, got {type(preconditioner).__name__}"
-        )
-    if inverse.shape != a.shape:
-        raise ValueError(
-            f"argument 'preconditioner' must have shape {a.shape} like the operator, "
-            f"got {inverse.shape}"
-        )
-    return Prepared(inverse, type(preconditioner).__name__)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacpot.linalg.operator import DenseOperator, LinearOperator, power_of_two_above
+from jacpot.linalg.operator import DenseOperator, LinearOperator
+from jacpot.linalg.scaling import power_of_two_above
 
 __all__ = ["EXTREME", "AffineOperator", "System", "shifted"]
 

@@ -17,6 +17,7 @@ from jacpot.ops.jacobian_gram import prepared
 from jacpot.tangent.assemble import Columns
 from jacpot.tangent.operators import JacobianOperator, OrderedOperator
 from jacpot.tangent.pieces import Piece, in_common, pieces, same_layout
+from jacpot.tangent.preconditioners import Auto
 
 __all__ = ["Jacobian"]
 
@@ -338,9 +339,11 @@ class Jacobian:
         plain = JacobianOperator(
             self.blocks, self.n_examples, self.n_outputs, device=self.outputs.device
         )
-        if all(order is None for order in self._orders):
-            return plain
-        return OrderedOperator(plain, self.to_blocks, self.from_blocks)
+        operator: LinearOperator = plain
+        if not all(order is None for order in self._orders):
+            operator = OrderedOperator(plain, self.to_blocks, self.from_blocks)
+        operator.square_preconditioner = Auto()
+        return operator
 
 
 class JacobianTranspose:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from jacpot.linalg import Interrupted, Solution, Status, solve
 from jacpot.linalg.arguments import check_limits
-from jacpot.linalg.solve import prepare
+from jacpot.linalg.prepare import prepare
 from jacpot.tangent.losses import Loss
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 

@@ -161,6 +161,9 @@ class JacobianOperator(LinearOperator):
     def _normal(self) -> LinearOperator:
         return GaussNewtonOperator(self)
 
+    def _kernel(self) -> LinearOperator:
+        return KernelOperator(self)
+
     def _core(self) -> Any:
         return self.compiled("jacobian", super()._core())
 
@@ -224,6 +227,9 @@ class OrderedOperator(LinearOperator):
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.jacobian._matmat(torch.cat(self.to_blocks(x)))
+
+    def _kernel(self) -> LinearOperator:
+        return KernelOperator(self.jacobian)
 
     def _pull(self, u: Tensor) -> Tensor:
         return self.from_blocks(torch.split(self.jacobian.T._matmat(u), self.jacobian.sizes))

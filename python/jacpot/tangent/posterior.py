@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacpot.linalg import Solution, solve
 from jacpot.linalg.arguments import check_count
-from jacpot.linalg.solve import prepare
+from jacpot.linalg.prepare import prepare
 from jacpot.tangent.jacobian import Jacobian
 from jacpot.tangent.operators import JacobianOperator, KernelOperator
 from jacpot.tangent.preconditioners import Auto

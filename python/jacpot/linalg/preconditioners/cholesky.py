@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacpot.linalg.operator import LinearOperator, power_of_two
+from jacpot.linalg.operator import LinearOperator
 from jacpot.linalg.preconditioners.base import Preconditioner, Prepared
+from jacpot.linalg.scaling import power_of_two
 
 __all__ = ["Cholesky"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jacpot.linalg.solve import NAMED as GENERAL
+from jacpot.linalg.prepare import NAMED as GENERAL
 from jacpot.tangent.preconditioners.auto import Auto
 from jacpot.tangent.preconditioners.kronecker import Kronecker
 from jacpot.tangent.preconditioners.trace_kernel import TraceKernel
