@@ -56,11 +56,11 @@ def backward(
     Examples
     --------
     >>> import torch
-    >>> weight = torch.arange(9.0).view(1, 1, 3, 3)
+    >>> weight = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
     >>> backward(torch.ones(1, 1, 1, 1, 1), weight, (3, 3))[0, 0, 0].round()
-    tensor([[0., 1., 2.],
-            [3., 4., 5.],
-            [6., 7., 8.]])
+    tensor([[1., 2., 3.],
+            [4., 5., 6.],
+            [7., 8., 9.]])
     """
     n, k = signals.shape[:2]
     out = _backend.empty((n, k, weight.shape[1], *size), signals)
