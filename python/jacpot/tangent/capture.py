@@ -45,9 +45,10 @@ from jacpot.tangent.rules.terms import Fold, reduced
 
 __all__ = ["Captured", "capture"]
 
-# Signals up to this size go back through the network as one batch. Larger ones leave the cache on
-# their way, and every operation pays for fresh memory: then one output after the other is faster.
-TOGETHER_BYTES = 32 << 20
+# Signals up to this size go back through the network as one batch, as the kernels of few examples
+# and of small images want. Of more, one output after the other goes back: that needs less memory on
+# the way.
+TOGETHER_BYTES = 256 << 20
 
 # Where rows take less room than the factors they are made of, factors are multiplied out a few
 # examples at a time, while they are near, and never stored: this many bytes of signals, but no
