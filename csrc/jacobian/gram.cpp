@@ -14,6 +14,7 @@ namespace {
 
 constexpr Status no_memory{Code::out_of_memory, "not enough memory for the packed factors"};
 constexpr std::int64_t tile_bytes = 160 << 10;
+constexpr std::int64_t tiles_per_thread = 4;
 
 const GramKernels<float>& kernels(const float*) {
   return active_table(static_cast<const GramTable*>(nullptr)).f32;
@@ -196,6 +197,10 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
                                    static_cast<std::int64_t>(sizeof(T));
   plan.chunk = std::clamp(tile_bytes / block_bytes, std::int64_t{1}, panel / kernel_->block) *
                kernel_->block;
+  // Fewer examples a tile where there are few tiles: threads share them, and less is computed
+  // twice.
+  const std::int64_t most = ceil_div(n * ceil_div(m, panel), tiles_per_thread * threads);
+  plan.chunk = std::min(plan.chunk, ceil_div(most, kernel_->block) * kernel_->block);
   plan.row_example = full ? k * m * k : trace ? m : m * k;
   plan.row_output = full ? m * k : 1;
   plan.column_example = trace ? 1 : k;

@@ -166,10 +166,15 @@ struct Gram {
     for (std::int64_t q = diagonal ? begin / panel : 0; q * panel < column_units; ++q) {
       const std::int64_t held = min(panel, column_units - q * panel) * column_slice;
       const std::int64_t skip = diagonal && !positions ? begin * column_slice / panel : 0;
+      // Columns of a panel are of use to rows of no later example: the rest is mirrored.
+      const std::int64_t last = ((q + 1) * panel - 1) / layer.positions;
+      const std::int64_t used = diagonal && tile.left_slice == tile.right_slice
+                                    ? min(row_units, (last + 1) * layer.positions - begin)
+                                    : row_units;
       if (positions) clear(partial);
-      for (std::int64_t unit = 0; unit < row_units; unit += block)
+      for (std::int64_t unit = 0; unit < used; unit += block)
         add_block(layer,
-                  {begin + unit, min(block, row_units - unit), (held + panel - 1) / panel, skip,
+                  {begin + unit, min(block, used - unit), (held + panel - 1) / panel, skip,
                    positions ? partial : z},
                   q);
       if (positions) add_positions(layer.positions, q, held);
