@@ -62,7 +62,7 @@ def ntk(
     progress
         Show a progress bar.
     memory_budget
-        Bytes for the factors and one block, about; ``out`` is not counted. None: 4 GiB, or half of
+        Bytes for the factors and one block, about; ``out`` is not counted. None: 2 GiB, or half of
         a GPU's memory. Factors that fit are computed once. Else as many examples as fit are held at
         a time, in five eighths of it, while those of all others pass by.
     precision
@@ -171,7 +171,7 @@ def _cut(n: int, step: int) -> list[slice]:
 
 def _memory_budget(parameter: Tensor | None) -> int:
     if parameter is None or not parameter.is_cuda:
-        return 1 << 32
+        return 1 << 31
     # Of all memory, not of what is free: blocks of a kernel on disk must be the same next time.
     return int(torch.cuda.get_device_properties(parameter.device).total_memory) // 2
 
