@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace jacpot {
@@ -45,5 +46,15 @@ bool force_isa(std::string_view name);  // "" goes back to the best
   }                                  \
   inline const Table& active_table(const Table* tag) { return baseline::table(tag); }
 #endif
+
+// The kernels for numbers of type T, of a table that has them as `f32` and `f64`.
+template <class Table, class T>
+const auto& kernels_of() {
+  const Table& table = active_table(static_cast<const Table*>(nullptr));
+  if constexpr (std::is_same_v<T, float>)
+    return table.f32;
+  else
+    return table.f64;
+}
 
 }  // namespace jacpot

@@ -14,6 +14,9 @@ namespace jacpot {
 
 using TaskFunction = void (*)(void* context, std::int64_t task);
 
+// Parts of size b that a is cut into.
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // Calls function(context, task) for every task in [0, tasks), each once, on up to `threads`
 // threads. Tasks are claimed in rising order; a task must not throw.
 void run_tasks(int threads, std::int64_t tasks, TaskFunction function, void* context);

@@ -16,15 +16,6 @@ constexpr Status no_memory{Code::out_of_memory, "not enough memory for the packe
 constexpr std::int64_t tile_bytes = 160 << 10;
 constexpr std::int64_t tiles_per_thread = 4;
 
-const GramKernels<float>& kernels(const float*) {
-  return active_table(static_cast<const GramTable*>(nullptr)).f32;
-}
-const GramKernels<double>& kernels(const double*) {
-  return active_table(static_cast<const GramTable*>(nullptr)).f64;
-}
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // Signals that are the same for all examples: those of a last linear layer.
 template <class T>
 bool is_constant(const GramFactors<T>& f, std::int64_t n, std::int64_t k, std::int64_t outputs) {
@@ -179,7 +170,7 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
   const GramOutputs outputs = problem.outputs;
   const bool symmetric = problem.symmetric;
   if (n == 0 || m == 0 || k == 0) return {};
-  kernel_ = &kernels(static_cast<const T*>(nullptr));
+  kernel_ = &kernels_of<GramTable, T>();
   outputs_ = outputs;
   const std::int64_t panel = kernel_->panel;
   const bool full = outputs == GramOutputs::full, trace = outputs == GramOutputs::trace;

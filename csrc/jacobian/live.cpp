@@ -14,26 +14,6 @@ constexpr Status no_memory{Code::out_of_memory, "not enough memory for the produ
 constexpr std::int64_t sums_bytes = 16 << 20;  // of Σ_k u_k δ_k between the two halves of Jᵀu
 constexpr std::int64_t most_rows = 256, fewest_rows = 64;  // for which a panel of V is packed
 
-template <class T>
-const LiveKernels<T>& live_kernels() {
-  const auto& table = active_table(static_cast<const LiveTable*>(nullptr));
-  if constexpr (std::is_same_v<T, float>)
-    return table.f32;
-  else
-    return table.f64;
-}
-
-template <class T>
-const ProductKernels<T>& product_kernels() {
-  const auto& table = active_table(static_cast<const ProductTable*>(nullptr));
-  if constexpr (std::is_same_v<T, float>)
-    return table.f32;
-  else
-    return table.f64;
-}
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // The columns of panels: all inputs in parts of whole vectors that differ by one at most.
 struct Columns {
   std::int64_t inputs, width, vectors, parts;
@@ -179,7 +159,7 @@ std::int64_t LiveLayer<T>::bytes() const {
 template <class T>
 Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
   if (l.size() == 0 || r == 0) return {};
-  const auto& kernel = live_kernels<T>();
+  const auto& kernel = kernels_of<LiveTable, T>();
   const Columns columns(l.inputs, kernel.width, kernel.most_vectors);
   const std::int64_t width = l.groups * l.inputs;
   // Whole examples, as many as make packing cheap and are shared out evenly.
@@ -256,8 +236,9 @@ Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int thread
     for (std::int64_t example = first / l.positions; example < end / l.positions; ++example) {
       const std::int64_t begin = l.starts()[example * l.positions],
                          length = l.starts()[(example + 1) * l.positions] - begin;
-      product_kernels<T>().dot(l.signals() + l.k * begin, l.k, length, length,
-                               z + begin - starts[0], r, count, false, out + example * l.k * r);
+      kernels_of<ProductTable, T>().dot(l.signals() + l.k * begin, l.k, length, length,
+                                        z + begin - starts[0], r, count, false,
+                                        out + example * l.k * r);
     }
   });
   return {};
@@ -269,7 +250,7 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
     std::fill_n(out, r * l.parameters(), T(0));
     return {};
   }
-  const auto& kernel = live_kernels<T>();
+  const auto& kernel = kernels_of<LiveTable, T>();
   const Columns columns(l.inputs, kernel.width, kernel.most_vectors);
   const std::int64_t width = l.groups * l.inputs, units = l.units();
   // What is summed into the gradient of a span of units and of a part of the columns is a task.
@@ -299,9 +280,9 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
       for (std::int64_t row = begin; row < end; ++row) {
         const std::int64_t example = row / l.positions, start = l.starts()[example * l.positions],
                            length = l.starts()[(example + 1) * l.positions] - start;
-        product_kernels<T>().combine(l.signals() + l.k * start + l.starts()[row] - start, l.k,
-                                     length, l.starts()[row + 1] - l.starts()[row],
-                                     u + example * l.k * r, r, units, false, own);
+        kernels_of<ProductTable, T>().combine(l.signals() + l.k * start + l.starts()[row] - start,
+                                              l.k, length, l.starts()[row + 1] - l.starts()[row],
+                                              u + example * l.k * r, r, units, false, own);
         for (std::int64_t j = 0; j < r; ++j) {
           const T* from = own + j * units;
           T* to = tile + j * tile_size + row - begin;

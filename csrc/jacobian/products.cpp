@@ -15,13 +15,6 @@ constexpr Status no_memory{Code::out_of_memory, "not enough memory for the produ
 constexpr std::int64_t chunk_bytes = 2 << 20;  // of what lies between the two halves of a product
 constexpr std::int64_t gathered_bytes = 256 << 10;  // of activations, half an L2 cache or less
 
-const ProductKernels<float>& kernels(const float*) {
-  return active_table(static_cast<const ProductTable*>(nullptr)).f32;
-}
-const ProductKernels<double>& kernels(const double*) {
-  return active_table(static_cast<const ProductTable*>(nullptr)).f64;
-}
-
 // What V a or Σ_k u_k δ_k of a chunk of examples is, (R, examples, T·G·O), and room for it as
 // signals with their positions innermost meet it, (R, examples, G·O·T).
 template <class T>
@@ -82,7 +75,7 @@ struct Worker {
 
 template <class T>
 Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
-  const auto& kernel = kernels(v);
+  const auto& kernel = kernels_of<ProductTable, T>();
   const std::int64_t block = kernel.forward_block, units = l.groups * l.outputs,
                      width = l.groups * l.inputs, parameters = l.parameters();
   const Worker<T> held(l, r, block);
@@ -130,7 +123,7 @@ Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, 
 
 template <class T>
 Status sparse_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
-  const auto& kernel = kernels(u);
+  const auto& kernel = kernels_of<ProductTable, T>();
   const std::int64_t block = kernel.backward_block, units = l.groups * l.outputs,
                      width = l.groups * l.inputs, parameters = l.parameters();
   const Worker<T> held(l, r, block);
@@ -184,7 +177,7 @@ Status sparse_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, 
 
 template <class T>
 Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
-  const auto& kernel = kernels(v);
+  const auto& kernel = kernels_of<ProductTable, T>();
   const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
                      parameters = l.parameters();
   Between<T> z(l, r);
@@ -218,7 +211,7 @@ Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, i
 
 template <class T>
 Status dense_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
-  const auto& kernel = kernels(u);
+  const auto& kernel = kernels_of<ProductTable, T>();
   const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
                      parameters = l.parameters();
   Between<T> w(l, r);
@@ -275,7 +268,7 @@ Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int thr
 
 template <class T>
 Status generate_rows(const RowsLayer<T>& l, T* out, std::int64_t row_stride, int threads) {
-  const auto& kernel = kernels(out);
+  const auto& kernel = kernels_of<ProductTable, T>();
   const bool many = l.positions != 1 || l.places;
   const bool turned = many && l.signals_unit != 1 && l.outputs > 1;
   // Activations that are no whole vectors, or not written out, are gathered for all outputs of an

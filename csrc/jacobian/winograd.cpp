@@ -8,20 +8,9 @@
 #include "common/scratch.hpp"
 
 namespace jacpot {
-namespace {
-
-const WinogradKernels<float>& kernels(const float*) {
-  return active_table(static_cast<const WinogradTable*>(nullptr)).f32;
-}
-const WinogradKernels<double>& kernels(const double*) {
-  return active_table(static_cast<const WinogradTable*>(nullptr)).f64;
-}
-
-}  // namespace
-
 template <class T>
 Status convolution_rows(const ConvolutionLayer<T>& l, T* out, int threads) {
-  const auto& kernel = kernels(out);
+  const auto& kernel = kernels_of<WinogradTable, T>();
   const std::int64_t transformed = kernel.activations_size(l),
                      size = (transformed + kernel.scratch_size(l) + 63) / 64 * 64;
   const Scratch<T> memory = allocate_scratch<T>(size * threads);

@@ -6,20 +6,9 @@
 #include "common/scratch.hpp"
 
 namespace jacpot {
-namespace {
-
-const WinogradSignalsKernels<float>& kernels(const float*) {
-  return active_table(static_cast<const WinogradSignalsTable*>(nullptr)).f32;
-}
-const WinogradSignalsKernels<double>& kernels(const double*) {
-  return active_table(static_cast<const WinogradSignalsTable*>(nullptr)).f64;
-}
-
-}  // namespace
-
 template <class T>
 Status convolution_signals(const ConvolutionSignals<T>& l, int threads) {
-  const auto& kernel = kernels(l.out);
+  const auto& kernel = kernels_of<WinogradSignalsTable, T>();
   const std::int64_t size = (kernel.scratch_size(l) + 63) / 64 * 64;
   const Scratch<T> weight = allocate_resident<T>(kernel.weight_size(l)),
                    memory = allocate_resident<T>(size * threads);

@@ -14,17 +14,6 @@ namespace {
 constexpr Status no_memory{Code::out_of_memory, "not enough memory to pack a linear layer"};
 constexpr std::int64_t part_rows = 512;  // of W in a panel, which fits a small L2 cache
 
-template <class T>
-const LinearLayerKernels<T>& kernels() {
-  const auto& table = active_table(static_cast<const LinearLayerTable*>(nullptr));
-  if constexpr (std::is_same_v<T, float>)
-    return table.f32;
-  else
-    return table.f64;
-}
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // The outputs [0, count) at which any of the K signals is not zero, or all of them, and the
 // signals there: rows (C,), values (C, K). Returns C.
 template <class T>
@@ -81,7 +70,7 @@ struct Lists {
 template <class T>
 Status forward(View<const T, 2> x, View<const T, 2> weight, const T* bias, View<T, 2> y,
                int threads) {
-  const auto& kernel = kernels<T>();
+  const auto& kernel = kernels_of<LinearLayerTable, T>();
   const std::int64_t n = x.shape[0], inputs = x.shape[1], outputs = weight.shape[0];
   const auto packed = allocate_scratch<T>(ceil_div(n, kernel.examples) * kernel.examples *
                                           ceil_div(inputs, kernel.width) * kernel.width);
@@ -98,7 +87,7 @@ Status forward(View<const T, 2> x, View<const T, 2> weight, const T* bias, View<
 
 template <class T>
 Status backward(View<const T, 3> signals, View<const T, 2> weight, View<T, 3> out, int threads) {
-  const auto& kernel = kernels<T>();
+  const auto& kernel = kernels_of<LinearLayerTable, T>();
   const std::int64_t n = signals.shape[0], k = signals.shape[1], inputs = weight.shape[1];
   Lists<T> lists(signals);
   if (!lists.complete()) return no_memory;

@@ -362,8 +362,8 @@ constexpr Kernels<T> kernels{{Single<T>::shape, Panel<T, 1>::shape, Panel<T, 2>:
 
 }  // namespace
 
-const MaskedMatmulKernels& table(const MaskedMatmulKernels*) {
-  static constexpr MaskedMatmulKernels all{kernels<float>, kernels<double>};
+const MaskedMatmulTable& table(const MaskedMatmulTable*) {
+  static constexpr MaskedMatmulTable all{kernels<float>, kernels<double>};
   return all;
 }
 

@@ -48,14 +48,12 @@ struct Kernels {
   int forward, backward;   // how many of them the walks use
 };
 
-struct KernelTable {
-  Kernels<float> of_float;
-  Kernels<double> of_double;
-};
-
 }  // namespace jacpot::masked_matmul
 
 namespace jacpot {
-using MaskedMatmulKernels = masked_matmul::KernelTable;
-JACPOT_DISPATCH_TABLE(MaskedMatmulKernels)
+struct MaskedMatmulTable {
+  masked_matmul::Kernels<float> f32;
+  masked_matmul::Kernels<double> f64;
+};
+JACPOT_DISPATCH_TABLE(MaskedMatmulTable)
 }  // namespace jacpot

@@ -134,7 +134,7 @@ template <class T>
 Status convolve(const Pattern& pattern, const Images& images, const T* values, const T* bias,
                 bool relu, const T* x, T* y, int threads) {
   const std::int64_t each = images.height.output * images.width.output, out = pattern.rows.lines;
-  const Positions<T> panels(images.count, each, kernels<T>().forward);
+  const Positions<T> panels(images.count, each, kernels_of<MaskedMatmulTable, T>().forward);
   const Patches<T, const T> patches(images, panels, x);
   threads = team(threads, pattern.rows.nnz, images.count * each);
   return in_row_tiles(
@@ -156,7 +156,8 @@ Status convolve_backward(const Pattern& pattern, const Images& images, const T* 
                          const T* dy, T* dx, T* d_values, int threads) {
   const std::int64_t each = images.height.output * images.width.output, out = pattern.rows.lines;
   const Positions<T> panels(images.count, each,
-                            d_values ? kernels<T>().backward : kernels<T>().forward);
+                            d_values ? kernels_of<MaskedMatmulTable, T>().backward
+                                     : kernels_of<MaskedMatmulTable, T>().forward);
   const Patches<T, const T> patches(images, panels, x);
   const Patches<T, T> d_patches(images, panels, dx);
   const Lines& lines = pattern.column_tiles;

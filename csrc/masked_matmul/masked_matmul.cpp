@@ -7,7 +7,7 @@ namespace jacpot::masked_matmul {
 template <class T>
 Status forward(const Pattern& pattern, const T* values, const T* bias, bool relu,
                Activations<const T> x, Activations<T> y, int threads) {
-  const Panelling<T> panels(x.examples, kernels<T>().forward);
+  const Panelling<T> panels(x.examples, kernels_of<MaskedMatmulTable, T>().forward);
   threads = team(threads, pattern.rows.nnz, x.examples);
   return in_row_tiles(
       pattern, values, panels.width(), threads, [&](const Lines& lines, const T* in_order) {
@@ -26,7 +26,8 @@ template <class T>
 Status backward(const Pattern& pattern, const T* values, Activations<const T> x,
                 Activations<const T> dy, Activations<T> dx, T* d_values, int threads) {
   const Lines& lines = pattern.column_tiles;
-  const Panelling<T> panels(dy.examples, d_values ? kernels<T>().backward : kernels<T>().forward);
+  const Panelling<T> panels(dy.examples, d_values ? kernels_of<MaskedMatmulTable, T>().backward
+                                                  : kernels_of<MaskedMatmulTable, T>().forward);
   threads = team(threads, lines.nnz, dy.examples);
   const auto loader = [&](const Activations<const T>& from) {
     return [&](std::int64_t p, std::int64_t first, std::int64_t last, T* panel) {

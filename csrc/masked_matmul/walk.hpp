@@ -15,23 +15,12 @@ namespace jacpot::masked_matmul {
 
 inline constexpr Status no_memory{Code::out_of_memory, "no memory for the panels"};
 
-template <class T>
-const Kernels<T>& kernels() {
-  const KernelTable& table = active_table(static_cast<const KernelTable*>(nullptr));
-  if constexpr (std::is_same_v<T, float>)
-    return table.of_float;
-  else
-    return table.of_double;
-}
-
 // As many threads as have something to do: waking one costs some 10 us.
 inline int team(int threads, std::int64_t nnz, std::int64_t examples) {
   constexpr std::int64_t products_per_thread = 1 << 17;
   const std::int64_t useful = nnz * examples / products_per_thread + 1;
   return static_cast<int>(std::min<std::int64_t>(threads, useful));
 }
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Lines [first(c), first(c + 1)) hold a like number of entries for every chunk c.
 struct Chunks {
@@ -92,7 +81,7 @@ class Panelling {
 
  private:
   const Shape<T>& shape_for(std::int64_t examples) const {
-    const Shape<T>* shapes = kernels<T>().shapes;
+    const Shape<T>* shapes = kernels_of<MaskedMatmulTable, T>().shapes;
     int i = 0;
     while (i + 1 < shapes_ && shapes[i].width < examples) ++i;
     return shapes[i];
