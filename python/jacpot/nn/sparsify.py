@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jacpot.nn.masked import MaskedConv2d, MaskedLinear
 from jacpot.nn.sparse import SparseConv2d, SparseLinear, zero_padding
 from jacpot.nn.stand_ins import copy_of
-from jacpot.nn.worn import checked_mask, named_parameters, owners
+from jacpot.nn.worn import check_module, checked_mask, named_parameters, owners
 
 __all__ = ["can_be_sparse", "sparsify"]
 
@@ -55,8 +55,7 @@ def sparsify(module: nn.Module, mask: Mapping[str, Tensor] | None = None) -> nn.
     >>> type(sparse[0]).__name__, type(sparse[2]).__name__
     ('SparseLinear', 'Linear')
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"argument 'module' must be an nn.Module, got {type(module).__name__}")
+    check_module(module)
     if mask is None:
         mask = {
             f"{name}.weight" if name else "weight": layer.mask

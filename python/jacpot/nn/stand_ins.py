@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["call_with", "copy_of"]
+__all__ = ["call_with", "constant", "copy_of"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Detach a tensor; what was made in inference mode is of no use outside it, but its copy is."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def call_with(
@@ -39,6 +44,11 @@ def call_with(
     -------
     Any
         What the module gives.
+
+    Raises
+    ------
+    TypeError
+        If the types of arguments and parameters do not go together.
     """
     computed = [
         (vars(child), leaf, value)
@@ -61,9 +71,26 @@ def call_with(
                     places[start + leaf] = places[source] if source in places else tensor.clone()
     try:
         return functional_call(module, places, args, dict(kwargs or {}), tie_weights=False)
+    except RuntimeError as error:
+        if "type" in str(error):
+            _refuse_other_types(values.values(), (*args, *(kwargs or {}).values()), error)
+        raise
     finally:
         for attributes, leaf, value in computed:
             attributes[leaf] = value
+
+
+def _refuse_other_types(
+    values: Iterable[Tensor], given: Iterable[Any], error: RuntimeError
+) -> None:
+    """Name the argument where a layer failed for its type: modules may well take some others."""
+    types = {value.dtype for value in values if value.is_floating_point()}
+    for x in given:
+        if isinstance(x, Tensor) and len(types) == 1 and x.dtype not in types:
+            raise TypeError(
+                f"argument 'x' must be {types.pop()} like the parameters of the module, "
+                f"got {x.dtype}"
+            ) from error
 
 
 def copy_of(module: M) -> M:

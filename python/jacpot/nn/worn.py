@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from jacpot.nn.masked import MaskedConv2d, MaskedLinear
 
 __all__ = [
     "Masked",
+    "check_module",
+    "check_writable",
     "checked_mask",
     "merged_mask",
     "named_parameters",
@@ -37,6 +40,33 @@ class Masked(nn.Module):
         return torch.where(self.mask, weight, 0)
 
 
+def check_module(module: nn.Module) -> None:
+    """Refuse what is no module, or has parameters without values.
+
+    Raises
+    ------
+    TypeError
+        If it is no module.
+    ValueError
+        If a parameter is lazy or on the meta device, with the cure.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}")
+    for name, layer in module.named_modules():
+        which = type(layer).__name__ + (f" (at {name!r})" if name else "")
+        if any(map(is_lazy, layer._parameters.values())):
+            raise ValueError(
+                f"argument 'module' must have all its parameters, but those of {which} get their "
+                "shape when it is first called: call the module once"
+            )
+        if any(p.is_meta for p in layer.parameters(recurse=False)):
+            raise ValueError(
+                f"argument 'module' must have all its parameters, but those of {which} are on the "
+                "meta device, where there are no values: give it some, as by "
+                "module.to_empty(device='cpu') and load_state_dict"
+            )
+
+
 def _chains(child: nn.Module) -> dict[str, Any]:
     """Parametrizations of one layer that are a mask and nothing else, by attribute."""
     lists: Any = getattr(child, "parametrizations", {})
@@ -52,8 +82,10 @@ def plain_parameters(
 ) -> dict[str, tuple[str, nn.Parameter]]:
     """Parameters by the names, and in the order, that they have without masks; with their own.
 
-    As of `torch.nn.Module.named_parameters`, each once or under each of its names.
+    As of `torch.nn.Module.named_parameters`, each once or under each of its names. Raises what
+    `check_module` does.
     """
+    check_module(module)
     found: dict[str, tuple[str, nn.Parameter]] = {}
     seen = set()
     for prefix, child in module.named_modules(remove_duplicate=False):
@@ -87,6 +119,22 @@ def _worn(module: nn.Module) -> dict[int, Tensor]:
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names that they have without masks, each once."""
     return {name: parameter for name, (_, parameter) in plain_parameters(module).items()}
+
+
+def check_writable(module: nn.Module) -> None:
+    """Refuse to change what was made in inference mode, as PyTorch does outside of that mode.
+
+    Raises
+    ------
+    ValueError
+        With the cure.
+    """
+    for name, parameter in named_parameters(module).items():
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"argument 'module' must have parameters that can be changed, but {name!r} was "
+                "made in inference mode: give copy.deepcopy(module)"
+            )
 
 
 def owners(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:

@@ -22,11 +22,10 @@ from jacpot.tangent.network import (
     Inputs,
     Output,
     arguments,
+    check_network,
     one_at_a_time,
     part_of,
     plain_attention,
-    refuse_batch_dependence,
-    refuse_wrappers,
 )
 from jacpot.tangent.problem import Problem, pose
 from jacpot.tangent.progress import Callback, observing
@@ -63,12 +62,7 @@ class LinearizedModule(nn.Module):
         output: Output | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}"
-            )
-        refuse_wrappers(module)
-        refuse_batch_dependence(module)
+        check_network(module)
         self.output = output
         with torch.inference_mode(False):
             self._expand(copy_of(module), mask)

@@ -12,24 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import is_lazy
 
-from jacpot.nn.stand_ins import call_with
-from jacpot.nn.worn import merged_mask, plain_parameters
+from jacpot.nn.stand_ins import call_with, constant
+from jacpot.nn.worn import check_module, merged_mask, plain_parameters
 
 __all__ = [
     "Inputs",
     "Network",
     "Output",
     "arguments",
+    "check_network",
     "n_examples",
     "one_at_a_time",
     "over_tensors",
     "part_of",
     "plain_attention",
     "recording",
-    "refuse_batch_dependence",
-    "refuse_wrappers",
     "take",
     "tensors",
 ]
@@ -88,8 +86,7 @@ def take(x: Any, index: slice | Tensor) -> Any:
     """Give some of the examples, in the form of ``x``, as constants."""
 
     def part(tensor: Tensor) -> Tensor:
-        # a tensor made in inference mode is of no use outside it, but its copy is
-        return (tensor.clone() if tensor.is_inference() else tensor.detach())[index]
+        return constant(tensor)[index]
 
     return over_tensors(x, part)
 
@@ -171,12 +168,7 @@ class Network:
         mask: Mapping[str, Tensor] | None = None,
         output: Output | None = None,
     ) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}"
-            )
-        refuse_wrappers(module)
-        refuse_batch_dependence(module)
+        check_network(module)
         self.module, self.output = module, output
         self._eagerly: Callable[[], AbstractContextManager[Any]] = nullcontext
         if any(is_compiled(layer) for layer in module.modules()):
@@ -189,8 +181,7 @@ class Network:
         every = plain_parameters(module)
         for name, (own_name, parameter) in every.items():
             self._own_names[name] = own_name
-            # what was made in inference mode is of no use outside it, but its copy is
-            value = parameter.clone() if parameter.is_inference() else parameter.detach()
+            value = constant(parameter)
             if name in self.mask:
                 value = torch.where(self.mask[name], value, 0)
             self.state[name] = value
@@ -293,14 +284,23 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         ) from error
 
 
-def refuse_wrappers(module: nn.Module) -> None:
-    """Refuse what runs copies of the module it holds, or something made of its code.
+def check_network(module: nn.Module) -> None:
+    """Refuse a module that has no Jacobian, or whose examples have none of their own.
 
     Raises
     ------
+    TypeError
+        If it is no module.
     ValueError
-        With the cure.
+        With the layer's name and the cure.
     """
+    check_module(module)
+    _refuse_wrappers(module)
+    _refuse_batch_dependence(module)
+
+
+def _refuse_wrappers(module: nn.Module) -> None:
+    """Refuse what runs copies of the module it holds, or something made of its code."""
     for name, layer in module.named_modules():
         kind, where = type(layer).__name__, f" (at {name!r})" if name else ""
         if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -313,17 +313,6 @@ def refuse_wrappers(module: nn.Module) -> None:
                 f"argument 'module' must be no {kind}, whose parameters cannot be replaced: "
                 "give the module that it was made from"
             )
-        if any(map(is_lazy, layer._parameters.values())):
-            raise ValueError(
-                f"argument 'module' must have all its parameters, but those of {kind}{where} get "
-                "their shape when it is first called: call the module once"
-            )
-        if any(p.is_meta for p in layer.parameters(recurse=False)):
-            raise ValueError(
-                f"argument 'module' must have all its parameters, but those of {kind}{where} are "
-                "on the meta device, where there are no values: give it some, as by "
-                "module.to_empty(device='cpu') and load_state_dict"
-            )
 
 
 def is_compiled(layer: nn.Module) -> bool:
@@ -331,14 +320,8 @@ def is_compiled(layer: nn.Module) -> bool:
     return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
-def refuse_batch_dependence(module: nn.Module) -> None:
-    """Refuse layers whose output for an example depends on the others, or on chance.
-
-    Raises
-    ------
-    ValueError
-        With the layer's name and the cure.
-    """
+def _refuse_batch_dependence(module: nn.Module) -> None:
+    """Refuse layers whose output for an example depends on the others, or on chance."""
     for name, layer in module.named_modules():
         where = f"layer {name!r} ({type(layer).__name__})" if name else type(layer).__name__
         if isinstance(layer, _BATCH_NORM) and (layer.training or layer.running_mean is None):

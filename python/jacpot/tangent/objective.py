@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacpot.nn.stand_ins import call_with
-from jacpot.nn.worn import merged_mask, plain_parameters
+from jacpot.nn.worn import check_writable, merged_mask, plain_parameters
 from jacpot.tangent.batches import sample
 from jacpot.tangent.jacobian import jacobian
 from jacpot.tangent.losses import Loss, flat_targets
@@ -64,6 +64,7 @@ class Objective:
         output: Output | None,
     ) -> None:
         self.module, self.x, self.y, self.loss, self.output = module, x, y, loss, output
+        check_writable(module)
         self.mask = merged_mask(module, mask)
         every = plain_parameters(module)
         self._trained = [name for name, (_, p) in every.items() if p.requires_grad]

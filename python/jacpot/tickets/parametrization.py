@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from jacpot.nn.worn import Masked, checked_mask, named_parameters, owners
+from jacpot.nn.worn import Masked, check_writable, checked_mask, named_parameters, owners
 from jacpot.tickets._parametrize import (
     original,
     parametrizations,
@@ -29,9 +29,14 @@ __all__ = ["Masked", "applied", "applied_mask", "apply", "bake", "remove"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def _masked(child: nn.Module) -> dict[str, Masked]:
-    """The masks on the parameters of one layer, by attribute name."""
-    return {k: v for k, v in parametrizations(child).items() if isinstance(v, Masked)}
+def _masks(module: nn.Module) -> list[tuple[nn.Module, str, Masked]]:
+    """Every mask on a parameter, with the layer and the attribute that it is on."""
+    return [
+        (child, leaf, mask)
+        for child in module.modules()
+        for leaf, mask in parametrizations(child).items()
+        if isinstance(mask, Masked)
+    ]
 
 
 def apply(module: M, mask: Mapping[str, Tensor]) -> M:
@@ -73,23 +78,24 @@ def apply(module: M, mask: Mapping[str, Tensor]) -> M:
     >>> _ = tickets.remove(layer)
     """
     checked = checked_mask(module, mask)
+    check_writable(module)
     parameters = named_parameters(module)
     worn: dict[int, list[Masked]] = {}
-    for child in module.modules():
-        for leaf, masked in _masked(child).items():
-            worn.setdefault(id(original(child, leaf)), []).append(masked)
-    places = {name: owners(module, parameters[name]) for name in checked}
+    for child, leaf, masked in _masks(module):
+        worn.setdefault(id(original(child, leaf)), []).append(masked)
+    places = {
+        name: owners(module, parameters[name])
+        for name in checked
+        if id(parameters[name]) not in worn
+    }
     for name, held in places.items():
-        if id(parameters[name]) not in worn:
-            for child, _ in held:
-                refuse_another(name, child)
+        for child, _ in held:
+            refuse_another(name, child)
     for name, kept in checked.items():
-        if id(parameters[name]) in worn:
-            for masked in worn[id(parameters[name])]:
-                masked.mask.copy_(kept)
-        else:
-            for child, leaf in places[name]:
-                register(child, leaf, Masked(kept.clone()))
+        for masked in worn.get(id(parameters[name]), ()):
+            masked.mask.copy_(kept)
+        for child, leaf in places.get(name, ()):
+            register(child, leaf, Masked(kept.clone()))
     return module
 
 
@@ -116,9 +122,8 @@ def remove(module: M) -> M:
     >>> torch.equal(layer.weight, before)
     True
     """
-    for child in list(module.modules()):
-        for leaf in reversed(_masked(child)):
-            unregister(child, leaf)
+    for child, leaf, _ in reversed(_masks(module)):
+        unregister(child, leaf)
     return module
 
 
@@ -147,9 +152,8 @@ def bake(module: M) -> M:
     [[0.0, 0.0]]
     """
     with torch.no_grad():
-        for child in module.modules():
-            for leaf, masked in _masked(child).items():
-                original(child, leaf).masked_fill_(~masked.mask, 0)
+        for child, leaf, masked in _masks(module):
+            original(child, leaf).masked_fill_(~masked.mask, 0)
     return remove(module)
 
 
@@ -175,11 +179,7 @@ def applied_mask(module: nn.Module) -> Mask:
     """
     parameters = {id(p): name for name, p in named_parameters(module).items()}
     return Mask(
-        {
-            parameters[id(original(child, leaf))]: masked.mask
-            for child in module.modules()
-            for leaf, masked in _masked(child).items()
-        }
+        {parameters[id(original(child, leaf))]: mask.mask for child, leaf, mask in _masks(module)}
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from jacpot.nn.stand_ins import call_with
+from jacpot.nn.stand_ins import call_with, constant
 from jacpot.nn.worn import named_parameters, plain_parameters
 from jacpot.tickets.mask import chosen_mask
 
@@ -35,15 +35,21 @@ def call(
     ``others`` maps (name, detached tensor) of what is not scored, buffers included. Buffers are
     always copies, so that running statistics move in the copy.
     """
+    _check_tensor(x)
     tensors: dict[str, Tensor] = {}
     for name, (own, parameter) in plain_parameters(module).items():
-        tensors[own] = scored[name] if name in scored else _other(name, parameter.detach(), others)
+        tensors[own] = scored[name] if name in scored else _other(name, constant(parameter), others)
     for key, buffer in module.named_buffers():
         tensors[key] = _other(key, buffer.detach().clone(), others)
-    output = call_with(module, tensors, (x,))
+    output = call_with(module, tensors, (constant(x),))
     if not isinstance(output, Tensor):
         raise TypeError(f"argument 'module' must return one tensor, got {type(output).__name__}")
     return output
+
+
+def _check_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"argument 'x' must be a torch.Tensor, got {type(x).__name__}")
 
 
 def _other(name: str, tensor: Tensor, others: Transform | None) -> Tensor:
@@ -67,6 +73,7 @@ def preserved(module: nn.Module, training: bool | None = None) -> Iterator[None]
 
 def refuse_indices(module: nn.Module, x: Tensor) -> None:
     """Refuse an input of indices where real numbers are to flow from the input on."""
+    _check_tensor(x)
     if not x.is_floating_point() and any(
         isinstance(child, nn.Embedding | nn.EmbeddingBag) for child in module.modules()
     ):

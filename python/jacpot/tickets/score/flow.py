@@ -66,9 +66,9 @@ def synflow(
             return torch.zeros_like(tensor, dtype=torch.float64)
         return tensor.double().abs()
 
+    scored = {n: w.double().abs() for n, w in scored_parameters(module, mask).items()}
     refuse_indices(module, x)
     buffers = {name for name, _ in module.named_buffers()}
-    scored = {n: w.double().abs() for n, w in scored_parameters(module, mask).items()}
     ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
     with preserved(module, training=False):
         for weight in scored.values():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from jacpot.nn.stand_ins import constant
 from jacpot.tickets.score._functional import Loss, call, preserved, scored_parameters
 
 __all__ = ["grasp", "snip"]
@@ -16,7 +17,7 @@ __all__ = ["grasp", "snip"]
 def _loss(
     module: nn.Module, x: Tensor, y: Tensor, loss: Loss, scored: Mapping[str, Tensor]
 ) -> Tensor:
-    value = loss(call(module, x, scored), y)
+    value = loss(call(module, x, scored), constant(y) if isinstance(y, Tensor) else y)
     if value.dim() != 0:
         raise ValueError(f"argument 'loss' must return one number, got shape {tuple(value.shape)}")
     return value
