@@ -74,38 +74,6 @@ def test_rows_and_norms(device, problem):
     assert_close(ops.column_norms(blocks), reference.column_norms(jacobian), dtype)
 
 
-@given(problem=problems(), dim=st.integers(1, 70), seed=st.integers(-(2**63), 2**63 - 1))
-@settings(deadline=None, max_examples=30)
-def test_sketch_is_one_matrix_of_signs(any_device, problem, dim, seed):
-    blocks, others, jacobian, j_others, dtype, _ = problem
-    p = jacobian.shape[2]
-    signs = ops.sketch([ops.Rows(torch.eye(p, dtype=torch.float64)[:, None])], dim, seed)[:, 0]
-    torch.testing.assert_close(signs.abs(), torch.full_like(signs, dim**-0.5))
-    blocks, others = moved(blocks, any_device), moved(others, any_device)
-    assert_close(ops.sketch(blocks, dim, seed), jacobian @ signs, dtype)
-    assert_close(ops.sketch(others, dim, seed), j_others @ signs, dtype)
-
-
-@given(problem=problems(), dim=st.integers(1, 130), seed=st.integers(-(2**63), 2**63 - 1))
-def test_sparse_sketch_is_one_matrix_of_few_signs(any_device, problem, dim, seed):
-    blocks, others, jacobian, j_others, dtype, _ = problem
-    p, entries = jacobian.shape[2], min(8, dim)
-    identity = ops.Rows(torch.eye(p, dtype=torch.float64)[:, None])
-    matrix = ops.sketch([identity], dim, seed, kind="sparse")[:, 0]
-    assert (matrix.ne(0).sum(1) == entries).all()
-    torch.testing.assert_close(matrix.abs().sum(1), torch.full((p,), entries**0.5).double())
-    blocks, others = moved(blocks, any_device), moved(others, any_device)
-    assert_close(ops.sketch(blocks, dim, seed, kind="sparse"), jacobian @ matrix, dtype)
-    assert_close(ops.sketch(others, dim, seed, kind="sparse"), j_others @ matrix, dtype)
-
-
-@pytest.mark.parametrize("kind", ["rademacher", "sparse"])
-def test_sketch_keeps_norms(kind):
-    rows = ops.Rows(torch.randn(20, 3, 500, generator=torch.Generator().manual_seed(0)))
-    kept = ops.sketch([rows], 4096, seed=1, kind=kind).norm(dim=2) / ops.row_norms([rows])
-    assert (kept - 1).abs().max() < 0.06  # about five standard deviations of 1/sqrt(2 dim)
-
-
 def test_gram_of_many_examples_is_what_rows_give():
     """Sizes around and beyond the tiles of the kernels, ragged on every side."""
     generator = torch.Generator().manual_seed(0)
@@ -278,8 +246,6 @@ def test_refusals_name_the_argument():
         ops.gram([block], [ops.Factors(a, s[:, :1])])
     with pytest.raises(ValueError, match=r"'out' must be contiguous of shape \(3, 3\)"):
         ops.gram([block], outputs="trace", out=torch.ones(3, 2))
-    with pytest.raises(ValueError, match="'dim' must be at least 1, got 0"):
-        ops.sketch([block], 0)
 
 
 def test_products_of_long_rows_do_not_stagnate():

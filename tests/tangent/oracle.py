@@ -1,4 +1,4 @@
-"""Jacobians by torch.func, which the library's own are held against."""
+"""Jacobians by torch.func and torch.autograd, which the library's own are held against."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import jacpot
+from jacpot.ops.jacobian import Rows, sketch
 
 
 def rows_by_name(
@@ -66,14 +69,58 @@ def by_autograd(module: nn.Module, x: Any) -> Tensor:
         outputs = module(*(e[i : i + 1] for e in examples)).flatten()
         rows = []
         for f in outputs:
-            grads = torch.autograd.grad(f, parameters, retain_graph=True, allow_unused=True)
-            rows.append(
-                torch.cat(
-                    [
-                        (torch.zeros_like(p) if g is None else g).flatten()
-                        for p, g in zip(parameters, grads, strict=True)
-                    ]
-                )
+            grads = (
+                torch.autograd.grad(f, parameters, retain_graph=True, materialize_grads=True)
+                if f.requires_grad
+                else [torch.zeros_like(p) for p in parameters]
             )
+            rows.append(torch.cat([g.flatten() for g in grads]))
         found.append(torch.stack(rows))
     return torch.stack(found)
+
+
+EQUATIONS = {"full": "nkp,mlp->nkml", "trace": "nkp,mkp->nm", "diagonal": "nkp,mkp->nmk"}
+
+
+def check_operations(J: jacpot.Jacobian, rows: Tensor, K: jacpot.Jacobian, others: Tensor) -> None:
+    """Hold all that a Jacobian gives against its rows (N, K, P), and against another's.
+
+    Differences are to be below 1e-10 of the largest that a result could be.
+    """
+    n, k, p = rows.shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=rows.dtype)
+
+    def close(found: Tensor, expected: Tensor, scale: float) -> None:
+        assert found.shape == expected.shape
+        assert found.dtype == rows.dtype
+        assert not found.requires_grad
+        if found.numel():
+            assert float((found - expected).abs().max()) <= 1e-10 * scale
+
+    largest = [float(r.abs().max()) if r.numel() else 0.0 for r in (rows, others)]
+    size, scale = max(largest) + 1e-6, max(p, 1)
+    assert J.shape == (n * k, p)
+    close(J.dense(), rows, size)
+    for tail in ((), (2,)):
+        v, u = normal(p, *tail), normal(n, k, *tail)
+        close(J @ v, rows @ v, size * scale)
+        close(J.T @ u, torch.einsum("nkp,nk...->p...", rows, u), size * max(1, n * k))
+    v = normal(p)
+    close(J @ J.unflatten(v), rows @ v, size * scale)
+    close(torch.from_numpy(J.to_scipy() @ v.numpy()), (rows @ v).flatten(), size * scale)
+    assert torch.equal(J.flatten(J.unflatten(v)), v)
+    assert torch.equal(J.from_blocks(J.to_blocks(v)), v)
+    for outputs, equation in EQUATIONS.items():
+        own, cross = J.gram(outputs=outputs), J.gram(K, outputs=outputs)
+        close(own, torch.einsum(equation, rows, rows), size**2 * scale)
+        close(cross, torch.einsum(equation, rows, others), size**2 * scale)
+    close(J.row_norms(), rows.norm(dim=2), size * scale)
+    close(J.column_norms(), rows.norm(dim=(0, 1)), size * max(1, n * k))
+    identity = [Rows(torch.eye(p, dtype=rows.dtype)[:, None])]
+    for kind in ("rademacher", "sparse"):
+        matrix = sketch(identity, 9, 5, kind=kind)[:, 0]
+        close(J.sketch(9, 5, kind), rows @ matrix, size * scale)
+        close(K.sketch(9, 5, kind), others @ matrix, size * scale)

@@ -241,7 +241,8 @@ def _positions_innermost(signals: Tensor) -> bool:
 
 
 def _contiguous(parts: Sequence[Tensor], axis: int) -> Tensor:
-    x = parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), axis)
+    # of parts with axes of size 1 torch.cat may lay out what it gives with channels last
+    x = (parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)).contiguous()
     strides = [1]  # axes of size 0 and 1 keep odd strides otherwise
     for size in reversed(x.shape[1:]):
         strides.insert(0, strides[0] * max(size, 1))

@@ -135,6 +135,8 @@ class Jacobian:
 
     def from_blocks(self, parts: Sequence[Tensor]) -> Tensor:
         """One tensor for each of `blocks` -> ``(P,)`` or ``(P, R)``: the inverse of `to_blocks`."""
+        if not parts:
+            return self.outputs.new_empty(0)
         return torch.cat(
             [
                 part if order is None else part[order.argsort()]
@@ -283,7 +285,8 @@ class Jacobian:
         dim
             How many columns are left.
         seed
-            Chooses the matrix, which depends on neither the examples nor how they are batched.
+            Chooses the matrix, which has a row for each column of J and depends on nothing else:
+            neither on the examples nor on how they are batched.
         kind
             ``"rademacher"``: signs over ``√dim``. ``"sparse"``: eight signs over ``√8`` for each
             parameter, whose cost does not grow with ``dim``.
@@ -293,8 +296,9 @@ class Jacobian:
         Tensor
             ``J S`` with ``E[S Sᵀ] = I``.
         """
-        blocks = self.blocks or [self._nothing()]
-        return kernels.sketch(blocks, dim, seed, kind=kind)  # type: ignore[no-any-return]
+        blocks, orders = self.blocks or [self._nothing()], self._orders or [None]
+        found: Tensor = kernels.sketch(blocks, dim, seed, kind=kind, orders=orders)
+        return found
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Give J as a SciPy operator ``(N·K, P)`` on NumPy arrays.
