@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -70,38 +68,6 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_seed", _counting(computed))
     assert run(*QUICK, "--out", tmp_path).exit_code == 0
     assert computed == [0, 1]
-
-
-def test_ctrl_c_in_the_shell(tmp_path):
-    """A real signal, wherever it falls, leaves a whole record that the same command continues."""
-    command = [sys.executable, "-m", "jacpot.cli", "compare", "--out", str(tmp_path)]
-    command += [*map(str, QUICK[:-6]), "--seeds", "1000", *map(str, QUICK[-6:])]
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A job that a shell put in the background ignores SIGINT, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "result.json").exists() and time.monotonic() < deadline:
-            assert running.poll() is None, running.stderr.read()
-            time.sleep(0.05)
-        time.sleep(0.3)
-        running.send_signal(signal.SIGINT)
-        shown, complaint = running.communicate(timeout=120)
-    finally:
-        running.kill()
-        running.communicate()
-    assert running.returncode == 130, complaint
-    assert "seeds are finished and kept" in shown
-    assert "Traceback" not in complaint
-    finished = len(json.loads((tmp_path / "result.json").read_text())["runs"])
-    again = run(*QUICK, "--out", tmp_path, "--seeds", finished)
-    assert again.exit_code == 0, again.output
-    assert f"holds {finished} of {finished} seeds" in again.output
 
 
 def test_an_interrupt_before_the_first_seed_is_finished(tmp_path, monkeypatch):

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jacpot.cli.options import numbers, progress_bar, usable
+from jacpot.cli.options import (
+    Data,
+    Device,
+    Fresh,
+    Seeds,
+    TestSize,
+    TrainSize,
+    conclude,
+    numbers,
+    progress_bar,
+    refusals,
+    usable,
+)
 
 if TYPE_CHECKING:
     from jacpot.studies.compare import Settings
@@ -38,18 +50,11 @@ WIDTHS = {Net.mlp: 256, Net.cnn: 32}
 
 
 def compare(
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, mnist, fashion-mnist, cifar10, california, or a FILE.npz with "
-            "x_train, y_train, x_test, y_test or X, y (float y: regression). Named data are "
-            "looked for in the folder $JACPOT_DATA, then downloaded."
-        ),
-    ] = "digits",
+    data: Data = "digits",
     out: Annotated[
         Path, typer.Option(help="Folder for the results; run again to continue.")
     ] = Path("runs/compare"),
-    seeds: Annotated[int, typer.Option(min=1, help="Random networks to start from.")] = 3,
+    seeds: Seeds = 3,
     net: Annotated[Net, typer.Option(help="Family of networks.")] = Net.mlp,
     width: Annotated[
         str | None,
@@ -58,12 +63,8 @@ def compare(
     depth: Annotated[
         int | None, typer.Option(min=1, help="Hidden layers, all of one width; 2 if not given.")
     ] = None,
-    train_size: Annotated[
-        int | None, typer.Option(min=1, help="Training examples; all if not given.")
-    ] = None,
-    test_size: Annotated[
-        int | None, typer.Option(min=1, help="Test examples; all if not given.")
-    ] = None,
+    train_size: TrainSize = None,
+    test_size: TestSize = None,
     ridge: Annotated[
         str | None,
         typer.Option(
@@ -82,13 +83,8 @@ def compare(
     max_epochs: Annotated[
         int, typer.Option(min=1, help="Training ends there, converged or not.")
     ] = 300,
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, cuda:1, ..."),
-    ] = "cpu",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget what --out holds and start anew.")
-    ] = False,
+    device: Device = "cpu",
+    fresh: Fresh = False,
 ) -> None:
     """Fit the tangent space of a random network in closed form; compare with training it.
 
@@ -105,7 +101,7 @@ def compare(
 
     if learning_rate is None:
         learning_rate = {Optimizer.adam: 1e-3, Optimizer.sgd: 1e-2}[optimizer]
-    try:
+    with refusals("compare"):
         settings = Settings(
             net=net.value,
             widths=_widths(net, width, depth),
@@ -120,33 +116,26 @@ def compare(
         parts = split(dataset, train_size, test_size, device=settings.device)
         facts = describe(settings, dataset, parts)
         record = Record(out, "compare", settings_record(settings, dataset), facts, fresh)
-    except (ValueError, OSError) as error:
-        typer.secho(f"jacpot compare: {error}", err=True, fg="red")
-        raise typer.Exit(2) from error
 
     console = Console()
-    try:
-        interrupted = _run(record, settings, parts, seeds, console)
-    except OSError as error:
-        typer.secho(f"jacpot compare: {error}; finished seeds are kept", err=True, fg="red")
-        raise typer.Exit(1) from error
-    if record.runs:
+    end = _run(record, settings, parts, seeds, console)
+    if record.result.get("summary"):
         from jacpot.studies.compare_figure import draw
         from jacpot.studies.compare_table import report
 
         report(record, console)
-        figure = draw(record, parts, record.folder / "figure.png")
-        console.print(f"[dim]{record.path}\n{figure}[/]", highlight=False, soft_wrap=True)
-    if interrupted:
-        console.print(
-            f"Interrupted: {len(record.runs)} of {seeds} seeds are finished and kept. "
-            "The same command continues."
-        )
-        raise typer.Exit(130)
+        try:
+            figure = draw(record, parts, record.folder / "figure.png")
+            console.print(f"[dim]{record.path}\n{figure}[/]", highlight=False, soft_wrap=True)
+        except OSError as error:
+            end = end or error
+    conclude("compare", console, end, f"{len(record.runs)} of {seeds}", "seeds")
 
 
-def _run(record: Record, settings: Settings, parts: Split, seeds: int, console: Console) -> bool:
-    """Run the study behind a progress bar; return whether it was interrupted."""
+def _run(
+    record: Record, settings: Settings, parts: Split, seeds: int, console: Console
+) -> BaseException | None:
+    """Run the study behind a progress bar; give what ended it early."""
     from jacpot.studies.compare import run
 
     def done() -> int:
@@ -164,13 +153,13 @@ def _run(record: Record, settings: Settings, parts: Split, seeds: int, console: 
 
         try:
             run(record, settings, parts, range(seeds), show)
-        except KeyboardInterrupt:
-            return True
-    return False
+        except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as end:
+            return end
+    return None
 
 
 def _widths(net: Net, width: str | None, depth: int | None) -> tuple[int, ...]:
-    widths = numbers("width", width, int) if width else (WIDTHS[net],)
+    widths = numbers("width", width, int) if width is not None else (WIDTHS[net],)
     if len(widths) == 1:
         return widths * (2 if depth is None else depth)
     if depth is not None and depth != len(widths):

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jacpot.cli.options import numbers, progress_bar, usable
+from jacpot.cli.options import (
+    Data,
+    Device,
+    Fresh,
+    Seeds,
+    TestSize,
+    TrainSize,
+    conclude,
+    numbers,
+    progress_bar,
+    refusals,
+    usable,
+)
 
 if TYPE_CHECKING:
     from jacpot.studies.split import Split
@@ -74,19 +86,12 @@ class Weights(str, Enum):
 def tickets(
     context: typer.Context,
     method: Annotated[Method, typer.Argument(help="How tickets are found.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, mnist, fashion-mnist, cifar10, california, or a FILE.npz with "
-            "x_train, y_train, x_test, y_test or X, y (float y: regression). Named data are "
-            "looked for in the folder $JACPOT_DATA, then downloaded."
-        ),
-    ] = "digits",
+    data: Data = "digits",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; run again to continue. runs/tickets-METHOD."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Random networks to start from.")] = 1,
+    seeds: Seeds = 1,
     net: Annotated[Net, typer.Option(help="Family of networks.")] = Net.mlp,
     width: Annotated[
         str, typer.Option(help="Width, or one a hidden layer (a pair of layers of a vgg).")
@@ -95,12 +100,8 @@ def tickets(
         int | None, typer.Option(min=1, help="Hidden layers, all of one width.")
     ] = None,
     he: Annotated[bool, typer.Option("--he", help="Draw the weights by He's rule.")] = False,
-    train_size: Annotated[
-        int | None, typer.Option(min=1, help="Training examples; all if not given.")
-    ] = None,
-    test_size: Annotated[
-        int | None, typer.Option(min=1, help="Test examples; all if not given.")
-    ] = None,
+    train_size: TrainSize = None,
+    test_size: TestSize = None,
     density: Annotated[
         str, typer.Option(help="Shares of weights to keep: 0.1,0.01. Not for imp.")
     ] = "0.1",
@@ -128,10 +129,8 @@ def tickets(
         typer.Option(help="Of Adam; 0.0012, of supermasks 0.1 (zhou) and 0.01, if not given."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 60,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget what --out holds and start anew.")
-    ] = False,
+    device: Device = "cpu",
+    fresh: Fresh = False,
 ) -> None:
     """Search tickets by one method, train what was found, and report it by density.
 
@@ -152,7 +151,7 @@ def tickets(
     if learning_rate is None:
         masks = 0.1 if name == "zhou" else 0.01
         learning_rate = masks if name in SUPERMASKS else 1.2e-3
-    try:
+    with refusals("tickets"):
         _refuse_idle_options(context, method)
         widths = numbers("width", width, int)
         if depth is not None:
@@ -178,9 +177,6 @@ def tickets(
         parts = split(dataset, train_size, test_size, device=usable(device))
         build(settings, parts, seed=0)  # what cannot be built is said before anything is kept
         store = Store(folder, settings.record(dataset, parts), fresh)
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"jacpot tickets: {error}", err=True, fg="red")
-        raise typer.Exit(2) from error
 
     console = Console(log_path=False)
     rows, end = _run(store, settings, parts, seeds, console)
@@ -190,18 +186,13 @@ def tickets(
         console.print(table(summary, title))
         described = {**store.settings, "rounds": rounds}
         result = {"settings": described, "environment": environment(), "summary": summary}
-        path = store.write("tickets.json", {**result, "rows": rows})
-        figure = draw(summary, folder / "figure.png", title)
-        console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
-    if isinstance(end, KeyboardInterrupt):
-        console.print(
-            f"Interrupted: {len(rows)} of {seeds * settings.trainings} trainings are finished and "
-            "kept. The same command continues."
-        )
-        raise typer.Exit(130)
-    if end is not None:
-        typer.secho(f"jacpot tickets: {end}; finished trainings are kept", err=True, fg="red")
-        raise typer.Exit(1) from end
+        try:
+            path = store.write("tickets.json", {**result, "rows": rows})
+            figure = draw(summary, folder / "figure.png", title)
+            console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
+        except OSError as error:
+            end = end or error
+    conclude("tickets", console, end, f"{len(rows)} of {seeds * settings.trainings}", "trainings")
 
 
 def _run(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from jacpot.studies.compare_table import headline
 from jacpot.studies.contenders import CONTENDERS
+from jacpot.studies.folder import write_png
 from jacpot.studies.record import Record
 from jacpot.studies.split import Split
 
@@ -87,7 +88,7 @@ def draw(record: Record, parts: Split, path: Path) -> Path:
         if len(disagreeing):
             _pictures(figure, disagreeing, first, parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": "jacpot"})
+        write_png(path, figure, facecolor="white", metadata={"Software": "jacpot"})
     return path
 
 

@@ -1,11 +1,18 @@
-"""Whether a folder may hold the results of a study."""
+"""The folder that holds the results of a study."""
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["claim"]
+from jacpot.tickets._files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["claim", "write_png"]
 
 # The file by which each study knows its folder again.
 MARKS = {"compare": "result.json", "tickets": "settings.json"}
@@ -50,3 +57,10 @@ def claim(folder: Path, study: str) -> None:
         for path in missing:
             if path.exists():
                 path.rmdir()
+
+
+def write_png(path: Path, figure: Figure, **options: Any) -> None:
+    """Write a picture, whole or not at all; ``options`` are those of `savefig`."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, **options)
+    write_atomically(path, content.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from jacpot._backend import build_info
 from jacpot.studies.folder import claim
+from jacpot.tickets._files import read_json, write_atomically
 
 __all__ = ["Record", "environment"]
 
@@ -97,12 +99,10 @@ class Record:
         """Keep one finished seed: its arrays first, so that whoever is listed is whole."""
         path = self._arrays_path(seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".tmp")
-        with scratch.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(scratch, path)
-        self.runs[seed] = run
-        self.write({})
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **arrays)
+        write_atomically(path, content.getvalue())
+        self._write({}, {**self.runs, seed: run})
 
     def arrays(self, seed: int) -> dict[str, NDArray[Any]]:
         """Read the arrays that were kept for a finished seed."""
@@ -112,15 +112,18 @@ class Record:
 
     def write(self, derived: Mapping[str, Any]) -> None:
         """Write ``result.json``, with what is derived from the runs."""
+        self._write(derived, self.runs)
+
+    def _write(self, derived: Mapping[str, Any], runs: dict[int, dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.result |= {
+        result = {
+            **self.result,
             "environment": environment(),
             **derived,
-            "runs": {str(seed): self.runs[seed] for seed in sorted(self.runs)},
+            "runs": {str(seed): runs[seed] for seed in sorted(runs)},
         }
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(scratch, self.path)
+        write_atomically(self.path, (json.dumps(result, indent=1) + "\n").encode())
+        self.result, self.runs = result, runs  # only what is on disk is kept
 
     def _arrays_path(self, seed: int) -> Path:
         return self.folder / "outputs" / f"seed-{seed}.npz"
@@ -145,12 +148,12 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     cure = "move it away, choose another --out, or add --fresh to start anew"
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
+        result = read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {cure}") from error
+        raise ValueError(f"{error}; {cure}") from error
     kinds = {"format": int, "study": str, "settings": dict, "runs": dict}
     for key, kind in kinds.items():
-        if not isinstance(result, dict) or not isinstance(result.get(key), kind):
+        if not isinstance(result.get(key), kind):
             raise ValueError(
                 f"{path} is not a result of jacpot: {key!r} is missing or wrong; {cure}"
             )

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jacpot.studies.folder import claim
-from jacpot.tickets._files import write_atomically
+from jacpot.tickets._files import read_json, write_atomically
 
 __all__ = ["Store"]
+
+CURE = "choose another --out, or add --fresh to start anew"
 
 
 class Store:
@@ -44,17 +46,14 @@ class Store:
             path.unlink(missing_ok=True)
         self.trainings.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            theirs = json.loads(path.read_text())
+            theirs = _read(path)
             if theirs != self.settings:
                 odd = [
                     k
                     for k in sorted({*theirs, *self.settings})
                     if theirs.get(k) != self.settings.get(k)
                 ]
-                raise ValueError(
-                    f"{folder} holds a study with another {', '.join(odd)}; choose another --out, "
-                    "or add --fresh to start anew"
-                )
+                raise ValueError(f"{folder} holds a study with another {', '.join(odd)}; {CURE}")
         else:
             write_atomically(path, json.dumps(self.settings, indent=1).encode())
 
@@ -68,11 +67,17 @@ class Store:
         path = self.trainings / f"{key}.json"
         if not path.exists():
             write_atomically(path, json.dumps(compute()).encode())
-        row: dict[str, Any] = json.loads(path.read_text())
-        return row
+        return _read(path)
 
     def write(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write a JSON file of results."""
         path = self.folder / name
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
         return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {CURE}") from error

@@ -145,6 +145,11 @@ def _vgg(shape: tuple[int, ...], n_outputs: int, widths: tuple[int, ...]) -> nn.
             layers.append(nn.ReLU())
         layers.append(nn.MaxPool2d(2))
         channels, height, width = wide, height // 2, width // 2
+    if height * width == 0:
+        raise ValueError(
+            f"net: 'vgg' halves pictures {len(widths)} times, and those of shape {shape} are too "
+            "small for that"
+        )
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, n_outputs))
 
 

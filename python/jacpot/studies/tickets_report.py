@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from jacpot.studies.folder import write_png
+
 __all__ = ["draw", "summarise", "table"]
 
 NUMBERS = (
@@ -88,5 +90,5 @@ def draw(summary: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
         axes.grid(alpha=0.3)
     left.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    write_png(path, figure)
     return path

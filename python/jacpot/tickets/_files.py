@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_tensors", "write_atomically", "write_tensors"]
+__all__ = ["read_json", "read_tensors", "write_atomically", "write_tensors"]
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -40,6 +42,17 @@ def write_tensors(
     """A safetensors file, atomically. Aliased tensors are written once each."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(plain, metadata=dict(metadata)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file says, which must be an object."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(content).__name__}, not an object")
+    return content
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

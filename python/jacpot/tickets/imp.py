@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from jacpot.nn.stand_ins import copy_of
-from jacpot.tickets._files import read_tensors, write_atomically, write_tensors
+from jacpot.tickets._files import read_json, read_tensors, write_atomically, write_tensors
 from jacpot.tickets._random import seeded
 from jacpot.tickets.mask import Mask, chosen_mask
 from jacpot.tickets.parametrization import apply, bake
@@ -252,10 +252,7 @@ def _claim(store: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         write_atomically(path, text.encode())
         return
-    try:
-        theirs = dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"argument 'directory': {path} is damaged: {error}") from error
+    theirs = read_json(path)
     if theirs != json.loads(text):
         odd = sorted(key for key in settings if theirs.get(key) != settings[key])
         raise ValueError(
