@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <numeric>
 
 #include "common/blas.hpp"
 #include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
+#include "jacobian/gram_pack.hpp"
 
 namespace jacpot {
 namespace {
@@ -15,6 +15,9 @@ namespace {
 constexpr Status no_memory{Code::out_of_memory, "not enough memory for the packed factors"};
 constexpr std::int64_t tile_bytes = 160 << 10;
 constexpr std::int64_t tiles_per_thread = 4;
+constexpr std::int64_t few_tiles = 16;  // fewer than these are cut into parts
+// Of each part, for each number of the result, which it writes and which is added up.
+constexpr double least_multiplications = 1000;
 
 // Signals that are the same for all examples: those of a last linear layer.
 template <class T>
@@ -46,12 +49,6 @@ void constant_products(const GramLayer<T>& layer, const GramFactors<T>& right, s
     }
 }
 
-// What packing finds out about the signals of a layer.
-struct Census {
-  std::atomic<std::int64_t> active{0}, all{0};  // units, of all rows and slices
-  std::atomic<bool> finite{true};
-};
-
 // Whether products over the active units alone pay. To gather one of them costs about as much as
 // two products of vectors, and serves all columns of a tile; where all are active, register tiles
 // of one row's outputs take some hundredths longer than full ones.
@@ -62,85 +59,6 @@ bool skipping_pays(const Census& found, const GramPlan<T>& plan, const GramKerne
   return static_cast<double>(found.active) * (products + 2) <
          0.95 * products * static_cast<double>(found.all);
 }
-
-// Copies the factors of one side into groups.
-template <class T>
-struct Packer {
-  const GramKernels<T>& kernel;
-  const GramPlan<T>& plan;
-  std::int64_t examples, k;
-  bool trace;
-  const std::vector<T*>& groups;
-
-  // A group's activations, or the signals of one slice of its outputs.
-  void run(const PackedLayer<T>& layer, const GramFactors<T>& side, std::int64_t task,
-           Census& census) const {
-    const auto count = static_cast<std::int64_t>(groups.size());
-    const std::int64_t group = task % count, slice = task / count - 1;
-    const std::int64_t panel = kernel.panel, first = group * panel;
-    const std::int64_t units = std::min(panel, examples - first) * layer.positions;
-    const std::int64_t outputs =
-        slice < 0 || trace ? 1 : std::min(plan.slice, k - slice * plan.slice);
-    const std::int64_t width = slice < 0 ? layer.inputs : layer.inner;
-    T* dst = groups[static_cast<std::size_t>(group)] +
-             (slice < 0 ? layer.activations : layer.signals + slice * layer.signals_slice);
-    const T* rows[64];
-    for (std::int64_t start = 0; start < units * outputs; start += panel, dst += width * panel) {
-      for (std::int64_t j = 0; j < panel; ++j) {
-        const std::int64_t row = start + j, unit = row / outputs, output = row % outputs;
-        const std::int64_t example = first + unit / layer.positions,
-                           position = unit % layer.positions;
-        if (unit >= units)
-          rows[j] = nullptr;
-        else if (slice < 0)
-          rows[j] = side.activations + example * side.activations_example +
-                    position * side.activations_position;
-        else
-          rows[j] = side.signals + example * side.signals_example +
-                    (slice * plan.slice + output) * side.signals_output +
-                    position * side.signals_position;
-      }
-      if (slice < 0 || !trace) {
-        kernel.pack(rows, width, dst, panel);
-        continue;
-      }
-      for (std::int64_t j = 0; j < k; ++j) {  // inner index (o, k): units of a mask lie together
-        kernel.pack(rows, layer.outputs, dst + j * panel, k * panel);
-        for (std::int64_t r = 0; r < panel; ++r)
-          if (rows[r]) rows[r] += side.signals_output;
-      }
-    }
-    if (slice < 0 || plan.slice == 1) return;
-    std::int64_t active = 0;
-    bool finite = true;
-    for (std::int64_t unit = 0; unit < units; ++unit) {
-      for (std::int64_t j = 0; j < outputs; ++j)
-        rows[j] = side.signals + (first + unit / layer.positions) * side.signals_example +
-                  (slice * plan.slice + j) * side.signals_output +
-                  unit % layer.positions * side.signals_position;
-      active += kernel.list_active(rows, outputs, width, list(layer, group, slice, unit), &finite);
-    }
-    census.active += active;
-    census.all += units * width;
-    if (!finite) census.finite = false;
-  }
-
-  std::int32_t* list(const PackedLayer<T>& layer, std::int64_t group, std::int64_t slice,
-                     std::int64_t unit) const {
-    return reinterpret_cast<std::int32_t*>(groups[static_cast<std::size_t>(group)] + layer.active) +
-           (slice * kernel.panel * layer.positions + unit) * layer.list;
-  }
-
-  // Lists of all units.
-  void list_all(const PackedLayer<T>& layer, std::int64_t group) const {
-    for (std::int64_t slice = 0; slice < plan.slices; ++slice)
-      for (std::int64_t unit = 0; unit < kernel.panel * layer.positions; ++unit) {
-        std::int32_t* to = list(layer, group, slice, unit);
-        std::iota(to, to + layer.inner, 0);
-        to[layer.inner] = INT32_MAX;
-      }
-  }
-};
 
 // Tiles whose rows are late, or all others. Of those that end in late rows if mirrored, the
 // mirrored half has to wait.
@@ -199,6 +117,8 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
   plan.out = problem.out;
 
   std::int64_t size = 0;  // of a group
+  std::int64_t terms = 0;
+  double multiplications = 0;
   for (const GramLayer<T>& layer : layers) {
     const GramFactors<T>& right = symmetric ? layer.left : layer.right;
     const bool constant = layer.positions == 1 && !layer.row_offsets &&
@@ -232,7 +152,22 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
                 static_cast<std::int64_t>(scratch_alignment / sizeof(T));
     }
     layers_.push_back(packed);
+    const std::int64_t a = layer.row_offsets
+                               ? layer.row_offsets[layer.outputs] - layer.row_offsets[0]
+                               : layer.inputs,
+                       s = constant ? 0 : layer.outputs * k * (full ? k : 1);
+    multiplications += static_cast<double>(n * layer.positions) *
+                       static_cast<double>(m * layer.positions) * static_cast<double>(a + s);
+    terms += ceil_div(m * layer.positions, panel);
   }
+  // By the smallest tiles, not by those of so many threads, on which no rounding shall depend; and
+  // at most a part for each panel of columns of a layer.
+  const std::int64_t tiles = ceil_div(n, kernel_->block) * ceil_div(m, panel) *
+                             ceil_div(plan.slices, plan.pairs) * (full ? plan.slices : 1);
+  const auto numbers = static_cast<double>(n * plan.row_example);
+  plan.parts =
+      std::clamp(static_cast<std::int64_t>(multiplications / numbers / least_multiplications),
+                 std::int64_t{1}, std::max(std::int64_t{1}, std::min(few_tiles / tiles, terms)));
   plan.layers = layers_.data();
   plan.n_layers = static_cast<std::int64_t>(layers_.size());
 
@@ -243,14 +178,11 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
     Census census[2];
     for (const bool is_left : {true, false}) {
       if (!is_left && symmetric) break;
-      const std::vector<T*>& groups = is_left ? left_ : right_;
-      const Packer<T> packer{*kernel_, plan, is_left ? n : m, k, trace, groups};
-      const std::int64_t parts = 1 + (layer.constant ? 0 : plan.slices);
-      parallel_for(threads, parts * static_cast<std::int64_t>(groups.size()),
-                   [&](std::int64_t task) {
-                     packer.run(layer, is_left ? layers[i].left : layers[i].right, task,
-                                census[is_left ? 0 : 1]);
-                   });
+      const Packer<T> packer{*kernel_, plan, is_left ? n : m, k, trace, is_left ? left_ : right_};
+      parallel_for(threads, packer.tasks(layer), [&](std::int64_t task) {
+        packer.run(layer, is_left ? layers[i].left : layers[i].right, task,
+                   census[is_left ? 0 : 1]);
+      });
     }
     // Of zeros times inf or nan, which are nan, none may be left out.
     const bool finite = census[symmetric ? 0 : 1].finite;
@@ -277,7 +209,7 @@ bool PackedGram<T>::place_groups(std::int64_t size) {
   const std::int64_t panel = kernel_->panel, n = ceil_div(plan_.n, panel);
   constexpr auto line = static_cast<std::int64_t>(scratch_alignment / sizeof(T));
   late_ = n;
-  if (plan_.symmetric && outputs_ == GramOutputs::full)
+  if (plan_.symmetric && outputs_ == GramOutputs::full && plan_.parts == 1)
     for (std::int64_t late = n - 1; late_ == n && late >= ceil_div(n, 2); --late)
       if (late * size + line <= (plan_.n - late * panel) * plan_.row_example) late_ = late;
   const std::int64_t held = late_ < n ? late_ : 0;
@@ -302,14 +234,9 @@ Status PackedGram<T>::run(int threads) {
   const std::int64_t each = ceil_div(kernel_->scratch(plan_), 64) * 64;
   T* scratch = room(each * threads);
   if (!scratch) return no_memory;
-  for (const bool are_late : {false, true}) {
-    const auto tiles = tiles_of(plan_, kernel_->panel, outputs_, late_, are_late);
-    std::atomic<std::size_t> next{0};
-    parallel_for(threads, threads, [&](std::int64_t worker) {
-      for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();)
-        kernel_->tile(plan_, tiles[i], scratch + worker * each);
-    });
-  }
+  for (const bool are_late : {false, true})
+    if (const Status status = run_tiles(threads, are_late, scratch, each); !status.ok())
+      return status;
   // The rest of the late rows, from the late columns.
   constexpr std::int64_t strip = 64;
   const std::int64_t size = plan_.n * plan_.width, late = late_ * kernel_->panel * plan_.width;
@@ -318,6 +245,37 @@ Status PackedGram<T>::run(int threads) {
     for (std::int64_t column = late; column < size; column += strip)
       kernel_->transpose(plan_.out + row * size + column, size, rows,
                          std::min(strip, size - column), plan_.out + column * size + row, size);
+  });
+  return {};
+}
+
+// Where there are few tiles, threads share the terms of their sums as well: each part of these has
+// a result of its own, and the parts' results are added up in their order.
+template <class T>
+Status PackedGram<T>::run_tiles(int threads, bool are_late, T* scratch, std::int64_t each) {
+  const auto tiles = tiles_of(plan_, kernel_->panel, outputs_, late_, are_late);
+  const auto count = static_cast<std::int64_t>(tiles.size());
+  if (count == 0) return {};
+  const std::int64_t parts = plan_.parts;
+  const std::int64_t size = plan_.n * plan_.row_example;
+  T* sums = room((parts - 1) * size);
+  if (!sums) return no_memory;
+  std::vector<GramPlan<T>> plans(static_cast<std::size_t>(parts), plan_);
+  for (std::int64_t i = 0; i < parts; ++i) {
+    GramPlan<T>& plan = plans[static_cast<std::size_t>(i)];
+    plan.part = i;
+    if (i > 0) plan.out = sums + (i - 1) * size;
+  }
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, threads, [&](std::int64_t worker) {
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count * parts;)
+      kernel_->tile(plans[static_cast<std::size_t>(i % parts)],
+                    tiles[static_cast<std::size_t>(i / parts)], scratch + worker * each);
+  });
+  parallel_for(threads, parts > 1 ? plan_.n : 0, [&](std::int64_t row) {
+    T* to = plan_.out + row * plan_.row_example;
+    for (const T* from = to - plan_.out + sums; from < sums + (parts - 1) * size; from += size)
+      for (std::int64_t i = 0; i < plan_.row_example; ++i) to[i] += from[i];
   });
   return {};
 }

@@ -97,6 +97,7 @@ struct GramPlan {
   std::int64_t width;                   // outputs in all slices; 1 for the trace
   std::int64_t chunk;                   // examples in the rows of a tile
   std::int64_t pairs;                   // slices that a tile of the diagonal does at once; else 1
+  std::int64_t part, parts;             // the terms of the sums that are computed, of how many
   std::int64_t row_example, row_output, column_example, column_output;  // strides of out
   T* out;
 };
@@ -140,6 +141,7 @@ class PackedGram {
  private:
   T* room(std::int64_t size);
   bool place_groups(std::int64_t size);
+  Status run_tiles(int threads, bool are_late, T* scratch, std::int64_t each);
 
   const GramKernels<T>* kernel_ = nullptr;
   GramPlan<T> plan_{};

@@ -159,11 +159,14 @@ struct Gram {
                    layer.inner);
   }
 
-  void add_layer(const PackedLayer<T>& layer, bool diagonal) {
+  // The panels of columns of all layers are dealt to the parts in turn.
+  void add_layer(std::int64_t index, bool diagonal) {
+    const PackedLayer<T>& layer = plan.layers[index];
     const std::int64_t row_units = rows * layer.positions, column_units = columns * layer.positions;
     const std::int64_t begin = tile.first * layer.positions;
     const bool positions = layer.positions > 1;
     for (std::int64_t q = diagonal ? begin / panel : 0; q * panel < column_units; ++q) {
+      if ((index + q) % plan.parts != plan.part) continue;
       const std::int64_t held = min(panel, column_units - q * panel) * column_slice;
       const std::int64_t skip = diagonal && !positions ? begin * column_slice / panel : 0;
       // Columns of a panel are of use to rows of no later example: the rest is mirrored.
@@ -256,7 +259,7 @@ struct Gram {
   void run() {
     const bool diagonal = plan.symmetric && tile.group == tile.columns;
     clear(z);
-    for (std::int64_t i = 0; i < plan.n_layers; ++i) add_layer(plan.layers[i], diagonal);
+    for (std::int64_t i = 0; i < plan.n_layers; ++i) add_layer(i, diagonal);
     finish(diagonal);
   }
 

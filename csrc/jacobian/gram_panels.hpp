@@ -65,13 +65,12 @@ struct Panels {
 
   // A panel from its rows; null rows are zero.
   static void pack(const T* const* lines, std::int64_t inner, T* dst, std::int64_t dst_stride) {
+    const T zeros[width] = {};
     for (int j = 0; j < panel; j += width) {
-      bool whole = true;
-      for (int i = 0; i < width; ++i) whole = whole && lines[j + i];
       std::int64_t x = 0;
-      for (; whole && x + width <= inner; x += width) {
+      for (; x + width <= inner; x += width) {
         const T* at[width];
-        for (int i = 0; i < width; ++i) at[i] = lines[j + i] + x;
+        for (int i = 0; i < width; ++i) at[i] = lines[j + i] ? lines[j + i] + x : zeros;
         transpose_block<T>(at, dst + x * dst_stride + j, dst_stride);
       }
       for (; x < inner; ++x)

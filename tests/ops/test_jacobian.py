@@ -98,6 +98,32 @@ def test_gram_of_many_examples_is_what_rows_give():
 
 
 @pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 16])
+def test_gram_of_few_examples_of_many_positions(each_isa, n, outputs, monkeypatch):
+    """There are few tiles, so that threads share the terms of their sums."""
+    monkeypatch.setattr(jacobian_gram, "pairwise_is_cheaper", lambda *_: True)
+    generator = torch.Generator().manual_seed(n)
+    blocks, rows = [], []
+    for t, i, o, density in [(70, 90, 40, 1.0), (1, 500, 60, 1.0), (50, 40, 30, 0.4)]:
+        a = torch.randn(n, t, 1, i, generator=generator, dtype=torch.float64)
+        s = torch.randn(n, 3, t, 1, o, generator=generator, dtype=torch.float64)
+        mask = torch.rand(o, i, generator=generator) < density
+        blocks.append(ops.Factors(a, s, None if density == 1.0 else Kept(mask), bias=True))
+        rows.append(reference.rows(a, s, mask, bias=True))
+    jacobian = torch.cat(rows, dim=2)
+    expected = reference.gram(jacobian, jacobian, outputs)
+    symmetric = ops.gram(blocks, outputs=outputs)
+    assert_close(symmetric, expected, torch.float64)
+    assert_close(ops.gram(blocks, blocks, outputs=outputs), expected, torch.float64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(ops.gram(blocks, outputs=outputs), symmetric)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
 def test_gram_of_masked_layers_with_dead_units(each_isa, outputs):
     """As ReLUs make them: units without a signal for some examples, or for any."""
     generator = torch.Generator().manual_seed(0)
