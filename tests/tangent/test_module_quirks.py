@@ -199,6 +199,10 @@ def test_a_network_without_outputs_has_an_empty_jacobian(n):
 def test_a_network_without_values_is_refused():
     with pytest.raises(ValueError, match=r"Linear \(at '0'\) are on the meta device"):
         jacpot.jacobian(nn.Sequential(nn.Linear(4, 3)).to("meta"), torch.randn(5, 4))
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    net[1].running_mean = torch.zeros(3, device="meta")
+    with pytest.raises(ValueError, match=r"BatchNorm1d \(at '1'\) are on the meta device"):
+        jacpot.ntk(net, torch.randn(5, 4))
 
 
 class Unmoved(nn.Module):

@@ -1,10 +1,4 @@
-"""The streamed kernel: any batch size, any target, killed and continued."""
-
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+"""The streamed kernel: any batch size, any target."""
 
 import numpy
 import pytest
@@ -12,29 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import relative_error
-from torch import nn
+from streams import KINDS, Failing, captured, examples, net, shape
 
 import jacpot
-from jacpot.tangent.jacobian import JacobianSource
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3)
-    ).double().eval()  # fmt: skip
-
-
-def examples(n, seed=1):
-    torch.manual_seed(seed)
-    return torch.randn(n, 2, 5, dtype=torch.float64)
-
-
-KINDS = ("full", "trace", "diagonal")
-
-
-def shape(n, m, outputs):
-    return {"full": (n, 3, m, 3), "trace": (n, m), "diagonal": (n, m, 3)}[outputs]
 
 
 @given(
@@ -87,96 +61,6 @@ def test_targets(kind, outputs, tmp_path):
         assert relative_error(stored, expected) < 1e-12
 
 
-def test_zarr(tmp_path):
-    zarr = pytest.importorskip("zarr")
-    out = zarr.open(str(tmp_path / "k.zarr"), mode="w", shape=(7, 7), chunks=(3, 3), dtype="f8")
-    found = jacpot.ntk(net(), examples(7), outputs="trace", batch_size=3, out=out)
-    expected = jacpot.ntk(net(), examples(7), outputs="trace")
-    assert relative_error(torch.from_numpy(found[:]), expected) < 1e-12
-
-
-class Failing(nn.Module):
-    """Fails on the examples of the last batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.fails, self.calls = net(), False, 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.fails and (x == 9).any():
-            raise OSError("the machine went down")
-        return self.inner(x)
-
-
-def test_an_interrupted_computation_continues(tmp_path):
-    module, x, path = Failing(), examples(8), tmp_path / "k.npy"
-    x[7] = 9
-    expected = jacpot.ntk(module, x, outputs="trace")
-    module.fails = True
-    with pytest.raises(OSError, match="went down"):
-        jacpot.ntk(module, x, outputs="trace", batch_size=2, out=path)
-    journal = tmp_path / "k.npy.jacpot-journal"
-    assert [line.split()[:2] for line in journal.read_text().splitlines()[1:]] == [
-        ["0", "0"], ["0", "1"], ["1", "1"], ["0", "2"], ["1", "2"], ["2", "2"],
-    ]  # fmt: skip
-    before = numpy.load(path, mmap_mode="r+")
-    before[0, 0] = 123.0  # of a finished block: it must not be computed again
-    module.fails = False
-    found = jacpot.ntk(module, x, outputs="trace", batch_size=2, out=path)
-    assert found[0, 0] == 123.0
-    found[0, 0] = expected[0, 0]
-    assert relative_error(torch.from_numpy(numpy.array(found)), expected) < 1e-12
-    assert not journal.exists()
-
-
-def test_a_journal_of_another_computation_is_refused(tmp_path):
-    module, x, path = Failing(), examples(8), tmp_path / "k.npy"
-    x[7], module.fails = 9, True
-    with pytest.raises(OSError, match="went down"):
-        jacpot.ntk(module, x, outputs="trace", batch_size=2, out=path)
-    module.fails = False
-    with pytest.raises(ValueError, match="another computation"):
-        jacpot.ntk(module, examples(8, 5), outputs="trace", batch_size=2, out=path)
-    with pytest.raises(ValueError, match="another computation"):
-        jacpot.ntk(module, x, outputs="trace", batch_size=3, out=path)
-
-
-def test_killed_halfway_it_continues(tmp_path):
-    script = textwrap.dedent("""
-        import os, signal, sys, torch, jacpot
-        torch.manual_seed(0)
-        net, x = torch.nn.Linear(4, 2), torch.randn(12, 4)
-        class Killed(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.net = net
-            def forward(self, x):
-                if torch.isin(x[:, 0], last).any() and len(x) == 2 and sys.argv[2] == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return self.net(x)
-        last = x[-1:, 0]
-        from jacpot.tangent import journal
-        journal.FLUSH_SECONDS = 0
-        jacpot.ntk(Killed(), x, outputs="trace", batch_size=2, out=sys.argv[1])
-    """)
-    path = tmp_path / "k.npy"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def run(mode):
-        command = [sys.executable, "-c", script, str(path), mode]
-        return subprocess.run(command, env=environment, check=False).returncode
-
-    assert run("kill") == -signal.SIGKILL
-    journal = tmp_path / "k.npy.jacpot-journal"
-    assert len(journal.read_text().splitlines()) == 1 + 15
-    assert run("live") == 0
-    torch.manual_seed(0)
-    module, x = nn.Linear(4, 2), torch.randn(12, 4)
-    expected = jacpot.ntk(module, x, outputs="trace")
-    assert relative_error(torch.from_numpy(numpy.load(path)), expected) < 1e-5
-
-
 def test_factors_are_computed_once_where_memory_allows():
     module, x = Failing(), examples(8)
     jacpot.ntk(module, x, batch_size=8)
@@ -184,20 +68,6 @@ def test_factors_are_computed_once_where_memory_allows():
     module.calls = 0
     jacpot.ntk(module, x, batch_size=2)
     assert module.calls == once + 3
-
-
-def captured(monkeypatch, *arguments, **options):
-    """Give the kernel, and how many blocks of factors were computed for it."""
-    blocks = []
-    take = JacobianSource.__call__
-
-    def count(source, x, examples=None, targets=None):
-        if examples is None or examples != slice(1):  # which is how memory is measured
-            blocks.append(examples)
-        return take(source, x, examples, targets)
-
-    monkeypatch.setattr(JacobianSource, "__call__", count)
-    return jacpot.ntk(*arguments, **options), len(blocks)
 
 
 @pytest.mark.parametrize(("held", "expected"), [(1, 55), (2, 30), (3, 22), (5, 15), (10, 10)])
@@ -223,16 +93,6 @@ def test_factors_of_two_sides_are_computed_once_for_each_band(monkeypatch):
     assert blocks == 6 + 2 * 4
 
 
-def test_what_is_finished_is_not_captured_again(monkeypatch, tmp_path):
-    module, x, path = Failing(), examples(8), tmp_path / "k.npy"
-    x[7], module.fails = 9, True
-    with pytest.raises(OSError, match="went down"):
-        jacpot.ntk(module, x, outputs="trace", batch_size=2, out=path)
-    module.fails = False
-    _, blocks = captured(monkeypatch, module, x, outputs="trace", batch_size=2, out=path)
-    assert blocks == 4  # the last column's, and what it meets
-
-
 def test_progress_is_shown(capsys):
     jacpot.ntk(net(), examples(5), batch_size=2, progress=True)
     assert "100%" in capsys.readouterr().out
@@ -246,7 +106,20 @@ def test_refuses():
         jacpot.ntk(net(), x, outputs="trace", out=torch.empty(4, 4))
     with pytest.raises(TypeError, match=r"'out'.*int"):
         jacpot.ntk(net(), x, outputs="trace", out=3)
-    with pytest.raises(ValueError, match="'batch_size'"):
+    with pytest.raises(ValueError, match="'batch_size' must be at least 1, got 0"):
         jacpot.ntk(net(), x, batch_size=0)
+    with pytest.raises(TypeError, match="'batch_size' must be an int, got float"):
+        jacpot.ntk(net(), x, batch_size=2.0)
+    with pytest.raises(TypeError, match="'memory_budget' must be an int, got float"):
+        jacpot.ntk(net(), x, memory_budget=1e9)
+    with pytest.raises(TypeError, match="'memory_budget' must be an int, got str"):
+        jacpot.jacobian(net(), x, memory_budget="1 GB")
+    with pytest.raises(TypeError, match=r"'module' must be a torch\.nn\.Module, got str"):
+        jacpot.ntk("net", x)
+    with pytest.raises(ValueError, match="'out' must be writeable, got a read-only array"):
+        jacpot.ntk(net(), x, outputs="trace", out=numpy.broadcast_to(numpy.zeros(4), (4, 4)))
+    for out in (torch.zeros(4, 4).double().requires_grad_(), torch.zeros(4, 4).double().to("meta")):
+        with pytest.raises(ValueError, match="'out' must be a tensor to write to"):
+            jacpot.ntk(net(), x, outputs="trace", out=out)
     with pytest.raises(ValueError, match="'outputs'"):
         jacpot.ntk(net(), x, outputs="all")

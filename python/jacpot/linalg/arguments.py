@@ -30,14 +30,14 @@ def check_number(name: str, value: Any, *, zero: bool = True) -> float:
     return number
 
 
-def check_count(name: str, value: Any) -> int:
-    """Refuse what is not an integer of at least zero."""
+def check_count(name: str, value: Any, least: int = 0) -> int:
+    """Refuse what is not an integer, or a smaller one."""
     try:
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"argument {name!r} must be an int, got {type(value).__name__}") from None
-    if count < 0:
-        raise ValueError(f"argument {name!r} must be at least 0, got {count}")
+    if count < least:
+        raise ValueError(f"argument {name!r} must be at least {least}, got {count}")
     return count
 
 

@@ -41,14 +41,14 @@ class Masked(nn.Module):
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse what is no module, or has parameters without values.
+    """Refuse what is no module, or has parameters or buffers without values.
 
     Raises
     ------
     TypeError
         If it is no module.
     ValueError
-        If a parameter is lazy or on the meta device, with the cure.
+        If one is lazy or on the meta device, with the cure.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}")
@@ -59,10 +59,10 @@ def check_module(module: nn.Module) -> None:
                 f"argument 'module' must have all its parameters, but those of {which} get their "
                 "shape when it is first called: call the module once"
             )
-        if any(p.is_meta for p in layer.parameters(recurse=False)):
+        if any(x.is_meta for x in (*layer.parameters(False), *layer.buffers(False))):
             raise ValueError(
-                f"argument 'module' must have all its parameters, but those of {which} are on the "
-                "meta device, where there are no values: give it some, as by "
+                f"argument 'module' must have all its values, but those of {which} are on the "
+                "meta device, where there are none: give it some, as by "
                 "module.to_empty(device='cpu') and load_state_dict"
             )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jacpot.linalg.arguments import check_count
 from jacpot.ops.pattern import Pattern
 from jacpot.tangent.assemble import Columns, assemble
 from jacpot.tangent.capture import capture
@@ -123,7 +124,7 @@ class JacobianSource:
     ) -> None:
         if wrt not in ("kept", "all"):
             raise ValueError(f"argument 'wrt' must be 'kept' or 'all', got {wrt!r}")
-        self.memory_budget = memory_budget
+        self.memory_budget = check_count("memory_budget", memory_budget, 1)
         self._patterns: dict[str, Pattern] = {}
         with recording():
             self.network = Network(module, mask, output)

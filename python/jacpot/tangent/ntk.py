@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from jacpot._backend import core
+from jacpot.linalg.arguments import check_count
+from jacpot.nn.worn import check_module
 from jacpot.ops.jacobian import Outputs, Precision
 from jacpot.ops.jacobian_gram import check_precision
 from jacpot.tangent.jacobian import Jacobian, JacobianSource, Wrt
@@ -58,7 +60,8 @@ def ntk(
         Where the kernel goes: a tensor or array, a ``numpy.memmap``, a zarr array, or the path of a
         ``.npy`` file. What a GPU computes is copied to the host, and stored there, while the next
         block is computed. An interrupted computation into a file continues, when the same call is
-        repeated, from the blocks that it finished; a journal beside the file names them.
+        repeated, from the blocks that it finished: a journal beside the file names them, with their
+        checksums, so that those of a file that was made anew, or damaged, are computed again.
     progress
         Show a progress bar.
     memory_budget
@@ -78,8 +81,11 @@ def ntk(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As :func:`jacpot.jacobian`, and if ``out`` has another shape or dtype or holds part of
-        another computation.
+        As :func:`jacpot.jacobian`, and if ``out`` has another shape or dtype, cannot be written to,
+        or holds part of another computation.
+    OSError
+        If there is no room for a file. Where ``out`` is a path, that is found out before anything
+        is computed, and no file is left.
 
     Notes
     -----
@@ -101,12 +107,14 @@ def ntk(
         raise ValueError(
             f"argument 'outputs' must be 'full', 'trace' or 'diagonal', got {outputs!r}"
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"argument 'batch_size' must be at least 1, got {batch_size}")
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size, 1)
     check_precision(precision)
+    check_module(module)
     if memory_budget is None:
         memory_budget = _memory_budget(next(module.parameters(), None))
-    source = JacobianSource(module, x1, mask, wrt, output, memory_budget=memory_budget // 4)
+    memory_budget = check_count("memory_budget", memory_budget, 1)
+    source = JacobianSource(module, x1, mask, wrt, output, memory_budget=max(1, memory_budget // 4))
     n, k = n_examples(x1), source.n_outputs
     m = n if x2 is None else n_examples(x2, "x2")
     per_pair = {"full": k * k, "trace": 1, "diagonal": k}[outputs]
@@ -129,10 +137,7 @@ def ntk(
     target = Target(out, shape, source.dtype, source.network.device)
     header: dict[str, object] = {"batch_size": step}
     if target.journal is not None:
-        state = [*source.network.state.values(), *source.network.mask.values()]
-        inputs = [*tensors(x1), *tensors(x2)]
-        words = [outputs, wrt, precision, shape, sorted(source.network.mask)]
-        header["fingerprint"] = fingerprint(words, [*state, *inputs])
+        header |= _identity(source, x1, x2, [outputs, wrt, precision, shape])
     symmetric = x2 is None
     rows, columns, right_x = _cut(n, step), _cut(m, step), x1 if x2 is None else x2
     with ExitStack() as stack:
@@ -143,7 +148,15 @@ def ntk(
             held: dict[int, Jacobian] = {}
             for j in range(first if symmetric else 0, len(columns)):
                 met = [i for i in band if i <= j or not symmetric]
-                missing = [i for i in met if (i, j) not in journal.finished]
+                places = {
+                    i: _places(outputs, rows[i], columns[j], symmetric and i != j) for i in met
+                }
+                missing = [
+                    i
+                    for i in met
+                    if (found := journal.finished.get((i, j))) is None
+                    or not target.holds(places[i], found)
+                ]
                 passing = None  # its memory is free for the next one
                 if missing:
                     passing = source(right_x, columns[j])
@@ -155,14 +168,30 @@ def ntk(
                     block = held[i].gram(
                         None if symmetric and i == j else passing, outputs, precision
                     )
-                    places = _places(outputs, rows[i], columns[j], symmetric and i != j)
-                    target.write(block, places, partial(journal.done, (i, j)))
+                    target.write(block, places[i], partial(journal.done, (i, j)))
                     del block
                 pairs = sum(rows[i].stop - rows[i].start for i in met)
                 mirrored = sum(rows[i].stop - rows[i].start for i in met if symmetric and i != j)
                 advance((pairs + mirrored) * (columns[j].stop - columns[j].start))
         target.finish()
     return target.array
+
+
+def _identity(
+    source: JacobianSource, x1: Inputs, x2: Inputs | None, words: list[object]
+) -> dict[str, object]:
+    """Say what tells this computation from another: all its numbers, and what code makes of them.
+
+    Code has no fingerprint. What it gives for the first example stands for it.
+    """
+    network = source.network
+    kept = network.module.state_dict()
+    parts = [network.state, network.mask, {k: v for k, v in kept.items() if isinstance(v, Tensor)}]
+    names = [list(network.parameters), *map(list, parts)]
+    numbers = [*[x for part in parts for x in part.values()], *tensors(x1), *tensors(x2)]
+    digest = fingerprint([*words, *names], numbers)
+    first = source(x1, slice(1)).gram(outputs="trace").sum()
+    return {"fingerprint": digest, "first": float(first)}
 
 
 def _cut(n: int, step: int) -> list[slice]:

@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from jacpot.tangent.journal import checksum
 from jacpot.tangent.offload import HostCopies
 
 __all__ = ["Place", "Target", "leaves_gpu"]
@@ -77,20 +78,30 @@ class Target:
         wanted = dtype if isinstance(out, Tensor) else _numpy_dtype(dtype)
         if out.dtype != wanted:
             raise TypeError(f"argument 'out' must be {wanted}, got {out.dtype}")
+        if not getattr(getattr(out, "flags", None), "writeable", True):
+            raise ValueError("argument 'out' must be writeable, got a read-only array")
+        if isinstance(out, Tensor) and not _is_writeable(out):
+            raise ValueError(
+                "argument 'out' must be a tensor to write to, got one that requires gradients, was "
+                "made in inference mode or is on the meta device"
+            )
         self.array = out
         self._copies: HostCopies | None = None
         place = _place(out)
         if place is not None:
             self.journal = place.with_name(place.name + ".jacpot-journal")
 
-    def write(self, block: Tensor, places: Sequence[Place], done: Callable[[], None]) -> None:
-        """Write a block to its places and call ``done``: now, or later if it leaves a GPU."""
+    def write(self, block: Tensor, places: Sequence[Place], done: Callable[[int], None]) -> None:
+        """Write a block to its places and call ``done``: now, or later if it leaves a GPU.
+
+        ``done`` is given the block's checksum, where there is a journal to keep it.
+        """
 
         def store(values: Tensor) -> None:
             for index, order in places:
                 part = values.permute(order)
                 self.array[index] = part if isinstance(self.array, Tensor) else part.cpu().numpy()
-            done()
+            done(0 if self.journal is None else checksum(values.cpu().numpy()))
 
         if not leaves_gpu(block.device, self.array):
             store(block)
@@ -99,16 +110,28 @@ class Target:
             self._copies = HostCopies(block.device)
         self._copies.start(block, store)
 
+    def holds(self, places: Sequence[Place], found: int) -> bool:
+        """Whether the block of this checksum is where it was written first."""
+        index, order = places[0]
+        values = numpy.asarray(self.array[index]).transpose(numpy.argsort(order))
+        same = checksum(values) == found
+        self._release()
+        return same
+
     def finish(self) -> None:
         """Write what is still on its way from a GPU."""
         if self._copies is not None:
             self._copies.finish()
 
     def flush(self) -> None:
-        """Make what was written durable, and give a mapped file's memory back."""
+        """Make what was written durable."""
         flush = getattr(self.array, "flush", None)
         if flush is not None:
             flush()
+        self._release()
+
+    def _release(self) -> None:
+        """Give a mapped file's memory back."""
         # Only of a mapping that is shared with the file: a private one would lose what was written.
         shared = getattr(self.array, "mode", None) in ("r+", "w+")
         mapped = getattr(self.array, "_mmap", None)
@@ -116,16 +139,37 @@ class Target:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def _is_writeable(out: Tensor) -> bool:
+    frozen = out.is_inference() and not torch.is_inference_mode_enabled()
+    return not (out.requires_grad or frozen or out.is_meta)
+
+
 def _numpy_dtype(dtype: torch.dtype) -> numpy.dtype[Any]:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    if not path.exists():
-        return numpy.lib.format.open_memmap(path, "w+", dtype=_numpy_dtype(dtype), shape=shape)
+    """Open a file that is there, or make one."""
     if path.suffix != ".npy":
         raise ValueError(f"argument 'out' must be the path of a .npy file, got {str(path)!r}")
-    return numpy.lib.format.open_memmap(path, "r+")
+    if path.exists():
+        try:
+            return numpy.lib.format.open_memmap(path, "r+")
+        except ValueError as error:
+            raise ValueError(
+                f"argument 'out' must be the path of a .npy file, got {str(path)!r}: {error}"
+            ) from error
+    try:
+        array = numpy.lib.format.open_memmap(path, "w+", dtype=_numpy_dtype(dtype), shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            # A disk that is too full says so now; a page that has no room on it later ends the
+            # process.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return array
 
 
 def _place(out: Any) -> Path | None:
