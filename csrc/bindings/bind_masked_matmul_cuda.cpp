@@ -61,8 +61,8 @@ void walk(py::handle places, py::handle run_order, py::handle offsets, std::int6
   w.columns = from.shape(0);
   w.batch = from.shape(1);
   w.gathered = from.data();
-  w.gathered_column_stride = from.stride(0);
-  w.gathered_batch_stride = from.stride(1);
+  w.gathered_column_stride = stride_or(from, 0, 0);
+  w.gathered_batch_stride = stride_or(from, 1, 1);
   if (tile < 1)
     throw py::value_error("argument 'tile' must be at least 1, got " + std::to_string(tile));
   w.tile = tile;
@@ -137,8 +137,8 @@ void multiply_slots(py::handle rotations, py::handle windows, py::handle begins,
     throw py::value_error("argument 'gathered' must have the batch of 'product'");
   s.columns = from.shape(0);
   s.gathered = from.data();
-  s.column_stride = from.stride(0);
-  s.gathered_batch_stride = from.stride(1);
+  s.column_stride = stride_or(from, 0, 0);
+  s.gathered_batch_stride = stride_or(from, 1, 0);
   s.tile = tile;
   s.relu = relu;
   if (tile < 1)

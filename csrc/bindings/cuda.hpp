@@ -25,6 +25,11 @@ inline Array on_queue(py::handle object, const char* name, cuda::Queue queue,
   return array;
 }
 
+// A direction of one element has any stride, as PyTorch's versions give it: then the one asked for.
+inline std::int64_t stride_or(const Array& array, int d, std::int64_t of_one) {
+  return array.shape(d) > 1 ? array.stride(d) : of_one;
+}
+
 void bind_jacobian_cuda(py::module_& m);
 void bind_krylov_cuda(py::module_& m);
 void bind_masked_matmul_cuda(py::module_& m);

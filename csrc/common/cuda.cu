@@ -97,4 +97,12 @@ Status limits(int device, Limits* out) {
 
 #endif
 
+Status expect_shared_memory(int device, std::int64_t bytes, Limits* has) {
+  const Status status = limits(device, has);
+  if (!status.ok() || bytes <= has->shared_bytes) return status;
+  return {Code::unsupported,
+          "a block of this kernel takes more shared memory than this GPU has: it is made for A100, "
+          "H100, H200 and what has as much"};
+}
+
 }  // namespace jacpot::cuda

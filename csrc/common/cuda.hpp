@@ -62,14 +62,19 @@ class DeviceGuard {
   Status status_;
 };
 
+// Fails where no block of this device can have as much shared memory: GPUs for desktops have 99
+// KiB.
+Status expect_shared_memory(int device, std::int64_t bytes, Limits* has);
+
 #ifdef JACPOT_CUDA_EMULATOR
 
 template <class... P>
-Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_bytes, Queue,
+Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_bytes, Queue queue,
               std::type_identity_t<P>... arguments) {
+  Limits has;
+  const Status status = expect_shared_memory(queue.device, shared_bytes, &has);
+  if (!status.ok()) return status;
   emulator::device().launched_on = emulator::device().current;
-  if (shared_bytes > emulator::device().shared_bytes)
-    return {Code::invalid_argument, "a block asks for more shared memory than the device has"};
   if (block.x * block.y * block.z > 1024)
     return {Code::invalid_argument, "a block has more than 1024 threads"};
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
@@ -88,8 +93,13 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::int64_t shared_b
   const void* function = reinterpret_cast<const void*>(kernel);
   constexpr std::int64_t without_asking = 48 * 1024;
   if (shared_bytes > without_asking) {
+    Limits has;
+    const Status status = expect_shared_memory(queue.device, shared_bytes, &has);
+    if (!status.ok()) return status;
+    // The kernel is allowed all there is: with just what this launch takes, another thread's launch
+    // of the same kernel with more could come in between.
     const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(has.shared_bytes));
     if (error != cudaSuccess) return from_error(error);
   }
   void* pointers[] = {static_cast<void*>(&arguments)...};

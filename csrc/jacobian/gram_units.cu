@@ -93,7 +93,8 @@ __global__ __launch_bounds__(threads) void add_units(const __grid_constant__ Arg
   for (std::int64_t first = 0; first < a.units.count; first += chunk<Edge>, now ^= 1) {
     copies_wait<0>();
     __syncthreads();  // this chunk is there, and nobody reads the one before any more
-    stage(a, first + chunk<Edge>, row0, column0, rows, columns, shared.buffer[now ^ 1]);
+    if (first + chunk<Edge> < a.units.count)
+      stage(a, first + chunk<Edge>, row0, column0, rows, columns, shared.buffer[now ^ 1]);
     const Chunk<T, Edge>& at = shared.buffer[now];
 #pragma unroll 1
     for (int unit = 0; unit < chunk<Edge>; ++unit) {

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import jacpot
 from jacpot import _backend
+from jacpot.ops import jacobian as ops
 from jacpot.ops import masked_matmul_cuda as cuda
+from jacpot.ops import masked_matmul_slots as slots
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Sums are in float32 (float64 for float64); 16-bit results are rounded once, at the end.
@@ -92,11 +94,39 @@ def test_what_is_not_kept_is_not_touched(emulated_cuda):
     assert torch.equal(y, torch.tensor([[3.0, 1.0], [3.0, 1.0]]))
 
 
-def test_a_single_column_in_16_bits(emulated_cuda):
-    x = torch.arange(8.0).to(torch.bfloat16)[:, None]  # (8, 1), of strides (1, 1)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    y = cuda.multiply(walk_of(mask), x, torch.full((1,), 2.0).to(x.dtype), None, False, False)
-    assert torch.equal(y, 2 * x)
+@pytest.mark.parametrize("batch", [1, 8, 9])
+@pytest.mark.parametrize("stride", [1, 8, 48])
+def test_a_single_column_in_16_bits(emulated_cuda, monkeypatch, batch, stride):
+    """Whose stride says nothing: PyTorch's versions give others."""
+
+    def restrided(x):
+        return torch.as_strided(plain(x), (1, -(-len(x) // 8) * 8), (stride, 1))
+
+    plain = slots.columns_first
+    for module in (cuda, slots):
+        monkeypatch.setattr(module, "columns_first", restrided)
+    x = torch.arange(1.0, batch + 1).to(torch.bfloat16)[:, None]  # (N, 1), of strides (1, 1)
+    mask, values = torch.ones(1, 1, dtype=torch.bool), torch.full((1,), 2.0).to(x.dtype)
+    walk = walk_of(mask)
+    assert torch.equal(cuda.multiply(walk, x, values, None, False, False), 2 * x)
+    out = torch.empty_like(x)
+    assert torch.equal(slots.multiply_slots(walk.slots, x, values, None, False, out), 2 * x)
+
+
+@pytest.mark.parametrize("stride", [1, 8, 16])
+def test_a_single_example_in_16_bits(emulated_cuda, stride):
+    x = torch.arange(16.0).to(torch.bfloat16).as_strided((1, 16), (stride, 1))
+    walk, values = walk_of(torch.eye(16, dtype=torch.bool)), torch.full((16,), 2.0).to(x.dtype)
+    assert torch.equal(cuda.multiply(walk, x, values, None, False, False), 2 * x)
+    out = torch.empty_like(x)
+    assert torch.equal(slots.multiply_slots(walk.slots, x, values, None, False, out), 2 * x)
+
+
+def test_a_gpu_with_too_little_shared_memory_is_refused(emulated_cuda):
+    a, s = torch.ones(200, 1, 1, 3), torch.ones(200, 1, 1, 1, 4)
+    emulated_cuda.configure(shared_bytes=99 * 1024)
+    with pytest.raises(NotImplementedError, match="more shared memory than this GPU has"):
+        ops.gram([ops.Factors(a, s)])
 
 
 def test_relu_keeps_nan(emulated_cuda):
