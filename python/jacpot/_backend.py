@@ -20,7 +20,7 @@ except ImportError as error:  # pragma: no cover - a broken installation
         f"source folder. The loader said: {error}"
     ) from error
 
-__all__ = ["build_info", "core", "cuda", "empty", "isa", "on_cuda", "queue", "threads"]
+__all__ = ["build_info", "core", "cuda", "empty", "isa", "on_cuda", "queue", "settle", "threads"]
 
 LARGE_BYTES = 4 << 20  # from where on the system's small pages cost more than writing to them
 
@@ -56,6 +56,15 @@ def queue(tensor: torch.Tensor) -> tuple[int, int]:
     """Number of a CUDA tensor's device, and the caller's current stream on it as an integer."""
     stream = torch.cuda.current_stream(tensor.device)
     return stream.device_index, stream.cuda_stream
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """Wait until what is about to be kept has been computed: other streams will read it, too.
+
+    The wait is the caller's current stream's, on the device of one of the tensors.
+    """
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

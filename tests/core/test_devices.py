@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pretend_streams
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ import jacpot
 from jacpot import _backend
 from jacpot.ops import jacobian as ops
 from jacpot.ops import masked_matmul_cuda, masked_matmul_slots
+from jacpot.ops.jacobian_windows import windows
 
 
 def everything(device):
@@ -66,6 +68,31 @@ def test_results_do_not_depend_on_the_stream(real_gpu):
     side.synchronize()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gpu", ["pretended"], indirect=True)
+def test_what_is_kept_is_waited_for_once(gpu):
+    """What a pattern is prepared into has to be there before another stream reads it."""
+
+    def waits(call):
+        before = pretend_streams.Current.waits
+        call()
+        return pretend_streams.Current.waits - before
+
+    mask = torch.rand(9, 40, generator=torch.Generator().manual_seed(0)) < 0.2
+    pattern = jacpot.Pattern(mask.to(gpu))
+    x, values = torch.ones(3, 40).to(gpu), torch.ones(pattern.nnz).to(gpu)
+    few = jacpot.Pattern((mask & mask.roll(1)).to(gpu))
+    a, s = torch.ones(3, 1, 1, 40).to(gpu), torch.ones(3, 2, 1, 1, 9).to(gpu)
+    image = torch.ones(2, 3, 5, 7).to(gpu)
+    for call in (
+        lambda: jacpot.masked_matmul(x, values, pattern),
+        lambda: jacpot.masked_matmul(x.half(), torch.ones(few.nnz).half().to(gpu), few),
+        lambda: ops.gram([ops.Factors(a, s, pattern)]),
+        lambda: windows(image, (3, 2), (1, 1), (1, 1)),
+    ):
+        assert waits(call) > 0
+        assert waits(call) == 0
 
 
 def test_products_do_not_wait_for_the_device(real_gpu):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from jacpot._backend import core, threads
+from jacpot._backend import core, settle, threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
 from jacpot.ops.jacobian_added import Added
 from jacpot.ops.jacobian_kernels import kernels
@@ -67,6 +67,7 @@ def _row_offsets(pattern: KeptWeights, device: torch.device) -> Tensor:
     if known is None or known.device != device:
         known = torch.as_tensor(pattern.row_offsets).to(device, torch.int64)
         if block is not None:
+            settle(known)
             _known[block] = known
     return known
 

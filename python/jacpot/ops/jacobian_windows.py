@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from jacpot._backend import empty, threads
+from jacpot._backend import empty, settle, threads
 from jacpot.ops.jacobian_blocks import Factors
 from jacpot.ops.jacobian_kernels import kernels
 
@@ -143,6 +143,7 @@ def _layout(
 
         places = (places[:, None] + along(counts[axis], stride[axis] * step)).flatten()
         offsets = (offsets[:, None] + along(kernel[axis], dilation[axis] * step)).flatten()
+    settle(offsets)
     return places, offsets
 
 

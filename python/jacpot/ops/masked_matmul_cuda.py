@@ -77,7 +77,9 @@ class Walk:
     def slots(self) -> Slots:
         """The same matrix, prepared for tensor cores."""
         offsets = torch.cat([self.tile_offsets[:, 0], self.tile_offsets[-1:, -1]])
-        return Slots.of(offsets, self.indices, self.columns)
+        slots = Slots.of(offsets, self.indices, self.columns)
+        _backend.settle(slots.sources)
+        return slots
 
     @classmethod
     def of(cls, offsets: Tensor, indices: Tensor, columns: int) -> Walk:
@@ -203,7 +205,9 @@ def prepare(pattern: Tensor) -> _Prepared:
     """Give what the kernels need of a compiled pattern (:attr:`jacpot.Pattern.block`)."""
     known: _Prepared | None = _prepared.get(pattern)
     if known is None:
-        known = _prepared[pattern] = _prepare(pattern)
+        known = _prepare(pattern)
+        _backend.settle(pattern)
+        _prepared[pattern] = known
     return known
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from jacpot._backend import settle
 from jacpot.tangent.network import over_tensors, tensors
 
 __all__ = ["Axis", "Examples", "Place", "Places", "moved"]
@@ -62,7 +63,9 @@ def _numbers(n: int, size: int, place: Place, ndim: int, device: torch.device) -
 
 @functools.lru_cache(64)
 def _line(n: int, size: int, rounds: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device).repeat_interleave(size // (n * rounds)).repeat(rounds)
+    line = torch.arange(n, device=device).repeat_interleave(size // (n * rounds)).repeat(rounds)
+    settle(line)
+    return line
 
 
 def _along(labels: Tensor, n: int) -> Place | None:
