@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pretend_streams
 import pytest
 import torch
@@ -12,7 +15,9 @@ from pretend_graph import PretendGraph, RecordedKernels
 import jacpot
 from jacpot import _backend
 from jacpot.linalg import DenseOperator, FunctionOperator, Status, solve
+from jacpot.linalg.cuda import SOLVERS
 from jacpot.linalg.cuda_cg import CHECK_EVERY
+from jacpot.linalg.cuda_refine import refine
 from jacpot.ops.jacobian import Factors, Rows
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 
@@ -275,6 +280,21 @@ def test_products_with_a_small_jacobian_are_replayed(graphs, kind, density):
     operator.replayable = False
     plain = solve(operator, b, 5.0, method="cg", tol=1e-10)
     assert torch.equal(replayed.x, plain.x)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_solver_gives_its_memory_back_at_once(graphs, method):
+    """Not when Python next looks for circles: much of a GPU's memory could wait for that."""
+    a, b = system(20, 2, torch.float64, 1)
+    solver = SOLVERS[method](DenseOperator(a), b, torch.zeros_like(b), 0.0, None, 1e-8, 40, None)
+    gc.disable()
+    try:
+        assert refine(solver)["outcome"] == "converged"
+        alive = weakref.ref(solver)
+        del solver
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_what_may_not_be_recorded_is_not(graphs):

@@ -39,7 +39,7 @@ class BlockConjugateGradients(Solver):
             torch.zeros((), dtype=torch.bool, device=b.device) for _ in range(2)
         )
         replayable = self.a.replayable and (inverse is None or inverse.replayable)
-        self.step = Replayed(self._step, b.device, replayable and self.small)
+        self.replayed = Replayed(b.device, replayable and self.small)
 
     def residual(self) -> bool:
         """See `Solver`."""
@@ -58,7 +58,7 @@ class BlockConjugateGradients(Solver):
         self.s.copy_(self.z)
         first = self.iterations
         while self.iterations < self.limit:
-            self.step()
+            self.replayed(self._step)
             self.products += 1
             self.iterations += 1
             if not is_due(self.iterations - first) and self.iterations < self.limit:

@@ -40,7 +40,7 @@ class ConjugateGradients(Solver):
         self.p, self.working = torch.zeros_like(b), torch.zeros_like(b, dtype=self.a.dtype)
         self.r = torch.empty_like(b)
         replayable = self.a.replayable and (inverse is None or inverse.replayable)
-        self.step = Replayed(self._step, b.device, replayable)
+        self.replayed = Replayed(b.device, replayable)
 
     def residual(self) -> bool:
         """See `Solver`."""
@@ -57,13 +57,14 @@ class ConjugateGradients(Solver):
             self.kernels.cg_curvature(self.r, self.r, 0.0, self.partial, *_backend.queue(self.b))
         first = self.iterations
         while self.iterations < self.limit:
-            self.step()
+            self.replayed(self._step)
             self.products += 1
             self.iterations += 1
             if is_due(self.iterations - first) or self.iterations == self.limit:
-                norms = self.partial.sum(0).sqrt().cpu()  # the only wait
+                seen = torch.stack([self.partial.sum(0).sqrt(), self.negative.double()])
+                norms, negative = seen.cpu()  # the only wait
                 status = self.report(float(self.relative(norms).max()))
-                if bool(self.negative.any()):
+                if bool(negative.any()):
                     return Status.indefinite
                 if status is not None:
                     return status

@@ -25,31 +25,33 @@ class Replayed:
 
     Parameters
     ----------
-    step
-        Takes and returns nothing, and reads no result on the host.
     device
         The GPU.
     possible
         Whether to record at all.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device, possible: bool) -> None:
-        self.step, self.device, self.possible = step, device, possible
+    def __init__(self, device: torch.device, possible: bool) -> None:
+        self.device, self.possible = device, possible
         self.called = False
         self.graph: Any = None
 
-    def __call__(self) -> None:
-        """Do the step."""
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Do the step, which takes and returns nothing and reads no result on the host.
+
+        It is given each time, and not held: its owner holds this, and a circle would keep the
+        memory of both until Python looks for circles.
+        """
         if self.possible and self.called and self.graph is None:
-            self.graph = self._record()
+            self.graph = self._record(step)
             self.possible = self.graph is not None
         self.called = True
         if self.graph is not None:
             self.graph.replay()
         else:
-            self.step()
+            step()
 
-    def _record(self) -> Any:
+    def _record(self, step: Callable[[], None]) -> Any:
         """Record the step without doing it; None where it does what a graph cannot hold."""
         try:
             graph, side = torch.cuda.CUDAGraph(), _stream(torch.cuda.Stream, self.device)
@@ -58,7 +60,7 @@ class Replayed:
                 # Other threads may allocate meanwhile.
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    self.step()
+                    step()
                 finally:
                     graph.capture_end()
         except RuntimeError:  # as PyTorch and CUDA say it, whatever the reason
