@@ -24,6 +24,7 @@ class Array:
         self.tensor = tensor
         self.shape, self.ndim = tuple(tensor.shape), tensor.ndim
         self.dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
 
     def __dlpack__(self, **keywords):
         return self.tensor.__dlpack__()
@@ -49,6 +50,32 @@ def test_cupy_arrays_share_their_memory(cupy):
     assert seen.data_ptr() == tensor.data_ptr()
     assert isinstance(like(seen, Array(tensor)), Array)
     assert like(seen, Array(tensor)).tensor.data_ptr() == tensor.data_ptr()
+
+
+class Flipped(Array):
+    """A view that runs backwards, which no tensor can be."""
+
+    def __init__(self, tensor):
+        super().__init__(tensor)
+        self.strides = tuple(-stride for stride in self.strides)
+
+    def __dlpack__(self, **keywords):
+        raise AssertionError("a tensor has no negative strides")
+
+    def copy(self):
+        return Array(self.tensor.flip(0))
+
+
+Flipped.__module__ = "cupy"
+
+
+def test_cupy_views_that_run_backwards_are_copied(cupy):
+    assert torch.equal(as_tensor("x", Flipped(torch.arange(3))), torch.tensor([2, 1, 0]))
+
+
+def test_pattern_of_a_cupy_mask(cupy):
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    assert jacpot.Pattern(Array(mask)) == jacpot.Pattern(mask)
 
 
 def test_numpy_arrays_share_their_memory():
@@ -85,8 +112,11 @@ def test_jacobians_of_cupy_arrays(cupy):
     assert torch.equal(out, ops.gram(ours, outputs="trace"))
 
 
-class Operator(Array):
-    """A matrix of CuPy, as far as `solve` looks at it."""
+class Operator:
+    """A sparse matrix of CuPy, as far as `solve` looks at it."""
+
+    def __init__(self, tensor):
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), np.dtype("float64")
 
     @property
     def T(self):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from jacpot.linalg.arguments import FLOATS
 from jacpot.linalg.operator import DenseOperator, FunctionOperator, LinearOperator
-from jacpot.ops.arrays import as_kind, as_tensor, is_cupy, like
+from jacpot.ops.arrays import as_kind, as_tensor, is_array, is_cupy, like
 
 __all__ = ["as_operator"]
 
@@ -56,7 +55,7 @@ def as_operator(operator: Any, rhs: Any) -> LinearOperator:
         return read
     if isinstance(operator, Tensor) and operator.layout != torch.strided:
         return _from_sparse(operator.detach())
-    if isinstance(operator, (Tensor, numpy.ndarray)) or is_cupy(operator):
+    if is_array(operator):
         return DenseOperator(operator)
     tensor = as_tensor("rhs", rhs)
     dtype = torch.float32 if tensor.dtype == torch.float32 else torch.float64

@@ -16,6 +16,7 @@ __all__ = [
     "as_kind",
     "as_output",
     "as_tensor",
+    "is_array",
     "is_cupy",
     "kind_of",
     "like",
@@ -28,6 +29,12 @@ Kind: TypeAlias = Literal["torch", "numpy", "cupy"]
 def is_cupy(array: Any) -> bool:
     """Whether something is CuPy's: an array, or a sparse matrix or an operator on such."""
     return type(array).__module__.partition(".")[0] in ("cupy", "cupyx")
+
+
+def is_array(array: Any) -> bool:
+    """Whether something is a dense array of NumPy, PyTorch or CuPy."""
+    known = isinstance(array, Tensor | numpy.ndarray)
+    return known or (is_cupy(array) and hasattr(array, "__dlpack__"))
 
 
 def kind_of(array: Any) -> Kind:
@@ -48,7 +55,7 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
         With the argument's name, if it is no dense array, another library's than ``kind`` says, or
         holds what PyTorch has no numbers for.
     """
-    if not isinstance(array, Tensor | numpy.ndarray) and not is_cupy(array):
+    if not is_array(array):
         raise TypeError(
             f"argument {name!r} must be a NumPy, PyTorch or CuPy array, got {type(array).__name__}"
         )
@@ -61,6 +68,8 @@ def as_tensor(name: str, array: Any, kind: Kind | None = None) -> Tensor:
             raise TypeError(f"argument {name!r} must be a dense tensor, got layout {array.layout}")
         return array.resolve_neg()  # the memory, which kernels read, says nothing of a sign
     if is_cupy(array):
+        if any(stride < 0 for stride in array.strides):
+            array = array.copy()  # tensors have no negative strides
         tensor: Tensor = from_dlpack(array)
         return tensor
     if isinstance(array, numpy.ma.MaskedArray):

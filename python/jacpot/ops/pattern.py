@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from jacpot import _backend
-from jacpot.ops.arrays import as_tensor, like, mask_of_sparse
+from jacpot.ops.arrays import as_tensor, is_array, like, mask_of_sparse
 
 __all__ = ["Pattern"]
 
@@ -59,15 +58,10 @@ class Pattern:
     def __init__(self, mask: Any) -> None:
         if hasattr(mask, "tocoo"):
             mask = mask_of_sparse(mask)
-        if isinstance(mask, Tensor):
-            device = mask.device
-            host: Any = as_tensor("mask", mask).detach().cpu()
-        elif hasattr(mask, "__cuda_array_interface__"):
-            tensor = torch.as_tensor(mask)
-            device, host = tensor.device, tensor.cpu()
-        else:
-            numpys = isinstance(mask, numpy.ndarray)
-            device, host = torch.device("cpu"), as_tensor("mask", mask) if numpys else mask
+        device, host = torch.device("cpu"), mask
+        if is_array(mask):
+            tensor = as_tensor("mask", mask)
+            device, host = tensor.device, tensor.detach().cpu()
         block = _backend.core.compile_pattern(host, _allocate, _backend.threads())
         self._open(block, device)
 
