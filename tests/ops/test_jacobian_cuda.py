@@ -330,25 +330,44 @@ def test_refusals(kernels):
         cuda.jacobian_gram([((a, s), None, None, None, False)], "trace", torch.empty(3, 2), 1)
 
 
+MATMUL = torch.backends.cuda.matmul
+new_way = pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="PyTorch before 2.9")
+
+
+@pytest.fixture
+def told(request):
+    """Tell PyTorch by one of its two ways to use TF32, and give what it was told."""
+    before = torch.get_float32_matmul_precision()
+    if request.param == "old way":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        MATMUL.fp32_precision = "tf32"
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("precision", ["exact", "3xtf32", "tf32"])
-def test_precision_of_rows(kernels, monkeypatch, precision):
+@pytest.mark.parametrize("told", ["old way", pytest.param("new way", marks=new_way)], indirect=True)
+def test_precision_of_rows(kernels, monkeypatch, told, precision):
     """Plain products follow what was asked for, whatever PyTorch was told, and leave that alone."""
-    asked = []
+
+    def state():  # to ask for the old way's after the new one was used is an error of PyTorch's
+        return getattr(MATMUL, "fp32_precision", None) or MATMUL.allow_tf32
+
+    before, asked = state(), []
     product = cuda.jacobian_add_row_products
 
     def record(*arguments):
-        asked.append(torch.get_float32_matmul_precision())
+        asked.append(state())
         product(*arguments)
 
     monkeypatch.setattr(cuda, "jacobian_add_row_products", record)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        ops.gram([ops.Rows(torch.randn(3, 2, 5))], precision=precision)
+    ops.gram([ops.Rows(torch.randn(3, 2, 5))], precision=precision)
+    assert state() == before
+    if told == "old way":
         assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert set(asked) == {"high" if precision == "tf32" else "highest"}
+    assert set(asked) <= ({"tf32", True} if precision == "tf32" else {"ieee", False})
+    assert asked
 
 
 def test_what_units_keep_is_found_once_for_a_pattern(kernels, monkeypatch):

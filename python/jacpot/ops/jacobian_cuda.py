@@ -106,6 +106,7 @@ def _inputs_of_units(offsets: Tensor, columns: Tensor, inputs: int) -> Tensor:
     unit = torch.repeat_interleave(units, counts, output_size=len(columns))
     places = torch.arange(len(columns), device=offsets.device) - offsets[unit]
     kept[unit, places] = columns.long()
+    _backend.settle(kept)
     _inputs[offsets] = kept
     return kept
 
@@ -144,12 +145,17 @@ def _mirror(out: Tensor, outputs: str) -> None:
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Let plain products of float32 run on tensor cores, rounded to TF32, or exactly."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    matmul: Any = torch.backends.cuda.matmul
+    wanted: Any = precision == "tf32"
+    name = "allow_tf32"
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9: used once, the older way fails
+        name, wanted = "fp32_precision", "tf32" if wanted else "ieee"
+    before = getattr(matmul, name)
+    setattr(matmul, name, wanted)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(matmul, name, before)
 
 
 def jacobian_mirror(out: Tensor, threads: int) -> None:
