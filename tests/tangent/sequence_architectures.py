@@ -116,7 +116,7 @@ def llama():
 def nano_gpt():
     def forward(net, ids):
         b, t = ids.size()
-        x = net.tokens(ids) + net.places(torch.arange(0, t, dtype=torch.long))
+        x = net.tokens(ids) + net.places(torch.arange(0, t, device=ids.device))
         q, k, v = (p.view(b, t, 2, 3).transpose(1, 2) for p in net.qkv(x).split(6, dim=2))
         scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         scores = scores.masked_fill(net.past[:, :, :t, :t] == 0, float("-inf"))
@@ -132,7 +132,7 @@ def nano_gpt():
 @architecture
 def positions_of_each_example():
     def forward(net, ids):
-        places = torch.arange(ids.size(1)).unsqueeze(0).expand(ids.size(0), -1)
+        places = torch.arange(ids.size(1), device=ids.device).unsqueeze(0).expand(ids.size(0), -1)
         return net.head(net.tokens(ids) + net.places(places)).mean(1)
 
     parts = {"tokens": nn.Embedding(9, 6), "places": nn.Embedding(6, 6), "head": nn.Linear(6, 2)}

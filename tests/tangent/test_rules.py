@@ -100,7 +100,7 @@ UNCOVERED = {
     "covered and not": lambda: (Of(lambda m, x: m.a(x).tanh() @ m.a.weight, a=linear()),
                                 randn(4, 6)),
     "positions": lambda: (
-        Of(lambda m, t: (m.e(t) + m.p(torch.arange(5))).tanh().mean(1),
+        Of(lambda m, t: (m.e(t) + m.p(torch.arange(5, device=t.device))).tanh().mean(1),
            e=nn.Embedding(7, 3), p=nn.Embedding(5, 3)), tokens(4, 5)),
     "attention with its own tokens": lambda: (
         Of(lambda m, x: m.a(x, x, x)[0].mean(1),
