@@ -12,8 +12,9 @@ figures go to one JSON file for each benchmark as they come: nothing is lost whe
 this script or around it. A stage that fails does not keep the others from running, but for the
 build.
 
-It uses the Python that runs it, with PyTorch, pybind11, CMake, Ninja and pytest in it, and fetches
-nothing.
+It uses the Python that runs it, with what is named in NEEDED in it, and fetches nothing. Where
+something is missing, the GPU too, one line says what. With ``--architectures`` it builds without a
+GPU, and says then that there is none.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda"
 SITE = BUILD / "site"
 DONE = BUILD / "session.json"
+NEEDED = ("torch", "pybind11", "numpy", "scipy", "safetensors", "rich", "pytest", "hypothesis")
+NEEDED += ("pytest_timeout",)
+NO_GPU = "PyTorch sees no GPU: nothing more can be done here"
+TOOLS = ("cmake", "ninja", "nvcc", "c++")
 RUN = [sys.executable, str(ROOT / "tools" / "run_from.py"), str(SITE), "-m"]
 
 
@@ -60,9 +65,8 @@ def bench(name: str, script: str, seconds: float, out: Path, *arguments: str) ->
 
 def sanitizer(tool: str, seconds: float) -> Stage:
     """The tests of the kernels under a tool that slows them down a hundredfold: few examples."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     files = ["tests/core/test_devices.py", *sorted(map(str, ROOT.glob("tests/ops/test_*.py")))]
-    prefix = [program, "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
+    prefix = f"compute-sanitizer --tool {tool} --error-exitcode 1 --report-api-errors no".split()
     # Without PyTorch's cache every tensor is an allocation whose ends are known; then nothing can
     # be recorded into a graph.
     environment = {"HYPOTHESIS_PROFILE": "sanitizer", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -110,13 +114,34 @@ def links() -> None:
         (SITE / "jacpot" / extension.name).symlink_to(extension)
 
 
+def search_path() -> str:
+    """Where programs are looked for: beside this Python too, and where CUDA is installed."""
+    known = os.environ.get("PATH", os.defpath)
+    return os.pathsep.join([known, str(Path(sys.executable).parent), "/usr/local/cuda/bin"])
+
+
+def missing() -> str | None:
+    """Say what the machine lacks, or None."""
+    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    lacking += [name for name in TOOLS if shutil.which(name, path=search_path()) is None]
+    return f"this machine lacks {', '.join(lacking)}" if lacking else None
+
+
+def capability() -> str | None:
+    """Give the GPU's architecture as CMake names it; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}-real"
+
+
 def run(stage: Stage, seconds: float, log: TextIO) -> str:
     """Run a stage within its time, and say how it ended."""
     variables = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
     variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # their warnings are errors here
-    cuda = "/usr/local/cuda/bin"
-    if shutil.which("nvcc") is None and Path(cuda).is_dir():
-        variables["PATH"] = f"{variables['PATH']}:{cuda}"
+    variables["PATH"] = search_path()
     end = time.monotonic() + seconds
     for command in stage.commands:
         if shutil.which(command[0], path=variables["PATH"]) is None:
@@ -170,17 +195,24 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     options.add_argument("--minutes", type=float, default=25.0, help="for everything together")
-    options.add_argument("--architectures", default="native", help="as CMake names them")
+    options.add_argument("--architectures", help="as CMake names them; default: the GPU's")
     options.add_argument("--only", nargs="+", help="stages by name, in their own order")
     options.add_argument("--again", action="store_true", help="do what is done already, too")
     arguments = options.parse_args()
+    reason, gpu = missing(), None
+    if reason is None:
+        gpu = capability()
+        reason = None if gpu or arguments.architectures else NO_GPU
+    if reason is not None:
+        print(reason)
+        return 1
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     summary, failed = [], False
     ended = {} if arguments.again else done()
     with (out / "session.log").open("a") as log:
-        for stage in stages(out, arguments.architectures):
+        for stage in stages(out, arguments.architectures or gpu or ""):
             if arguments.only and stage.name not in arguments.only:
                 continue
             # What has changed since is built again; that takes seconds where nothing has.
@@ -203,6 +235,10 @@ def main() -> int:
             tell(summary[-1], log)
             failed |= outcome != "ok"
             if stage.essential and outcome != "ok":
+                break
+            if gpu is None:
+                tell(NO_GPU, log)
+                failed = True
                 break
         tell("=== " + "\n    ".join(summary), log)
     return int(failed)
