@@ -19,6 +19,7 @@ __all__: list[str] = [
     "build_info",
     "compile_pattern",
     "compress",
+    "convolution_plain_signals",
     "convolution_signals",
     "describe_array",
     "describe_pattern",
@@ -155,6 +156,26 @@ def compress(
     values: typing.Any,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def convolution_plain_signals(
+    signals: typing.Any,
+    weight: typing.Any,
+    seen: typing.Any,
+    stride: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    padding: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    dilation: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    out: typing.Any,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Takes signals back through any convolution.
+    """
+
 def convolution_signals(
     signals: typing.Any,
     weight: typing.Any,

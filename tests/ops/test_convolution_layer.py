@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacpot.ops import convolution_layer
+from jacpot.ops.convolution_layer import Geometry
 
 BOUND = {torch.float32: 5e-5, torch.float64: 1e-13}
 
@@ -24,55 +25,103 @@ def assert_close(actual, expected, dtype):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
 
 
+THREE, ONE = st.just((3, 3)), st.just(1)
+
+
 @st.composite
-def pulled(draw):
+def pulled(draw, kernels=THREE, strides=ONE, dilations=ONE):
     """Signals in any order of examples and outputs, a weight, and what a ReLU gave, or None."""
     n, k = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     o, i = (draw(st.sampled_from([1, 3, 8, 16, 20, 33, 70])) for _ in range(2))
-    pads = [draw(st.integers(0, 2)) for _ in range(2)]
-    size = [draw(st.integers(max(1, 3 - 2 * p), 21)) for p in pads]
-    places = [s + 2 * p - 2 for s, p in zip(size, pads, strict=True)]
+    kernel = draw(kernels)
+    stride, dilation = ((draw(own), draw(own)) for own in (strides, dilations))
+    padding = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    reach = [d * (size - 1) + 1 for d, size in zip(dilation, kernel, strict=True)]
+    size = [draw(st.integers(max(1, r - 2 * p), 21)) for r, p in zip(reach, padding, strict=True)]
     seed = draw(st.integers(0, 2**31))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    weight = tensor(seed + 2, o, i, *kernel, dtype=dtype)
+    geometry = Geometry(stride, padding, dilation)
+    image = torch.zeros(1, i, *size, dtype=dtype)
+    places = F.conv2d(image, weight, None, stride, padding, dilation).shape[2:]
     signals = tensor(seed, n, k, o, *places, dtype=dtype)
     order = draw(st.sampled_from([(0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (0, 1, 3, 4, 2)]))
     back = sorted(range(5), key=order.__getitem__)
     signals = signals.permute(order).contiguous().permute(back)
     seen = tensor(seed + 1, n, i, *size, dtype=dtype).relu() if draw(st.booleans()) else None
-    return signals, tensor(seed + 2, o, i, 3, 3, dtype=dtype), pads, seen
+    return signals, weight, size, seen, geometry
 
 
-@given(pulled())
-def test_backward(each_isa, problem):
-    signals, weight, pads, seen = problem
-    flat = signals.double().flatten(0, 1)
-    expected = F.conv_transpose2d(flat, weight.double(), padding=pads)
-    expected = expected.unflatten(0, signals.shape[:2])
+def check_backward(signals, weight, size, seen, geometry):
+    n, k = signals.shape[:2]
+    x = torch.zeros(n * k, weight.shape[1], *size, dtype=torch.float64, requires_grad=True)
+    laid = geometry.stride, geometry.padding, geometry.dilation
+    y = F.conv2d(x, weight.double(), None, *laid)
+    (expected,) = torch.autograd.grad(y, x, signals.double().flatten(0, 1))
+    expected = expected.unflatten(0, (n, k))
     if seen is not None:
         expected = expected * (seen[:, None] > 0)
-    actual = convolution_layer.backward(signals, weight, expected.shape[-2:], seen)
+    actual = convolution_layer.backward(signals, weight, size, seen, geometry)
     assert actual.is_contiguous()
     assert_close(actual, expected, signals.dtype)
 
 
-def network(conv2d, relu, x, weights, biases, padding):
+@given(pulled())
+def test_backward_by_filtering(each_isa, problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_layer, "FEWEST_CHANNELS", 1)
+        patch.setattr(convolution_layer, "FEWEST_TILES", 1)
+        check_backward(*problem)
+
+
+KERNELS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@given(pulled(KERNELS, st.integers(1, 3), st.integers(1, 2)))
+def test_backward_by_plain_sums(each_isa, problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_layer, "FEWEST_TILES", 10**9)
+        check_backward(*problem)
+
+
+def test_backward_of_large_images(each_isa):  # in several parts
+    geometry = Geometry((2, 1), (3, 0), (1, 2))
+    weight = tensor(0, 8, 40, 5, 3, dtype=torch.float64)
+    seen = tensor(1, 1, 40, 71, 90, dtype=torch.float64).relu()
+    check_backward(
+        tensor(2, 1, 2, 8, 37, 86, dtype=torch.float64), weight, (71, 90), seen, geometry
+    )
+
+
+def network(conv2d, relu, x, weights, biases, options):
     y = x
     for weight, bias in zip(weights, biases, strict=True):
-        y = relu(conv2d(y, weight, bias, padding=padding))
+        y = relu(conv2d(y, weight, bias, **options))
     return y
 
 
-@pytest.mark.parametrize("padding", [0, (2, 1), "same", "valid"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 0},
+        {"padding": (2, 1)},
+        {"padding": "same"},
+        {"padding": "valid"},
+        {"padding": "same", "dilation": 2},
+        {"padding": 1, "stride": 2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("n", [2, 40])  # too few tiles for minimal filtering, and enough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_conv2d_is_differentiated_as_torchs(padding, k, n, dtype):
+def test_conv2d_is_differentiated_as_torchs(options, k, n, dtype):
     x = tensor(0, n, 9, 9, 8, dtype=dtype).requires_grad_()
     weights = [tensor(i, 12, c, 3, 3, dtype=dtype) / 10 for i, c in enumerate((9, 12))]
     biases = [None, tensor(5, 12, dtype=dtype)]
 
     def pulled_back(conv2d, relu):
-        y = network(conv2d, relu, x, weights, biases, padding)
+        y = network(conv2d, relu, x, weights, biases, options)
         cotangents = tensor(3, k, *y.shape, dtype=dtype)
         back = torch.func.vmap(lambda one: torch.autograd.grad(y, x, one, retain_graph=True)[0])
         return y, back(cotangents), torch.autograd.grad(y, x, cotangents[0])[0]
@@ -110,15 +159,12 @@ def test_what_a_relu_had_may_be_written_to():
     assert_close(ours, gradient(F.conv2d, F.relu), torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(
     "options",
     [
-        {"stride": 2},
-        {"dilation": (2, 1)},
         {"groups": 2},
-        {"padding": 3},
-        {"weight": tensor(0, 16, 8, 3, 5, dtype=torch.float32)},
-        {"weight": tensor(0, 4, 8, 3, 3, dtype=torch.float32)},
+        {"weight": tensor(0, 16, 8, 2, 2, dtype=torch.float32), "padding": "same"},
         {"weight": tensor(0, 16, 8, 3, 3, dtype=torch.float32).requires_grad_()},
         {"input": torch.zeros(0, 8, 6, 6, requires_grad=True)},
         {"input": torch.zeros(8, 6, 6, requires_grad=True)},
@@ -137,12 +183,22 @@ def test_conv2d_leaves_other_calls_to_torch(options):
 
 def test_refusals_name_the_argument():
     signals, weight = torch.zeros(2, 3, 4, 5, 5), torch.zeros(4, 6, 3, 3)
-    for size in ((4, 5), (5, 9), (8, 5)):
+    for size in ((4, 5), (7, 9), (8, 5)):
         with pytest.raises(ValueError, match="'out'"):
             convolution_layer.backward(signals, weight, size)
+    with pytest.raises(ValueError, match="'out'"):
+        convolution_layer.backward(signals, weight, (7, 7), geometry=Geometry(padding=(1, 1)))
+    with pytest.raises(ValueError, match="'stride'"):
+        convolution_layer.backward(signals, weight, (7, 7), geometry=Geometry(stride=(0, 1)))
     with pytest.raises(ValueError, match="'weight'"):
-        convolution_layer.backward(signals, weight[:3], (5, 5))
+        convolution_layer.backward(signals, weight[:3], (7, 7))
     with pytest.raises(ValueError, match="'seen'"):
-        convolution_layer.backward(signals, weight, (5, 5), torch.zeros(2, 4, 5, 5))
+        convolution_layer.backward(signals, weight, (7, 7), torch.zeros(2, 4, 7, 7))
     with pytest.raises(TypeError, match="'weight'"):
-        convolution_layer.backward(signals, weight.double(), (5, 5))
+        convolution_layer.backward(signals, weight.double(), (7, 7))
+    with pytest.raises(ValueError, match="must not be empty"):
+        convolution_layer.backward(signals[:0], weight, (7, 7))
+    many = torch.zeros(20, 4, 8, 5, 5), torch.zeros(8, 8, 3, 3)
+    for size in ((4, 5), (8, 5)):
+        with pytest.raises(ValueError, match="'out'"):
+            convolution_layer.backward(*many, size)

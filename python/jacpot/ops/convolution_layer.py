@@ -1,12 +1,14 @@
-"""What the capture of signals needs of a convolution, where minimal filtering is faster.
+"""What the capture of signals needs of a convolution: a faster way back, for several at once.
 
-See csrc/jacobian/winograd_signals.hpp for what that is.
+Plain sums, or minimal filtering where that is faster; see csrc/jacobian/plain_signals.hpp and
+winograd_signals.hpp for what they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +18,58 @@ from torch import Tensor
 from jacpot import _backend
 from jacpot.ops.transforms import is_forward_mode, is_transformed
 
-__all__ = ["backward", "conv2d", "relu"]
+__all__ = ["Geometry", "backward", "conv2d", "relu"]
 
 FEWEST_CHANNELS = 8  # that fill vectors
-FEWEST_TILES = 64  # of 4 x 4, in all images, that make up for what is done to the weight
+FEWEST_TILES = 64  # of 4 x 4, in all images, that make up for what filtering does to the weight
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel is laid on an image, along height and width."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def filters(self, weight: Tensor, images: int, size: Sequence[int]) -> bool:
+        """Whether minimal filtering takes less time than plain sums."""
+        tiles = images * math.prod(-(-s // 4) for s in size)
+        return (
+            weight.shape[2:] == (3, 3)
+            and self.stride == self.dilation == (1, 1)
+            and max(self.padding) <= 2
+            and min(weight.shape[:2]) >= FEWEST_CHANNELS
+            and tiles >= FEWEST_TILES
+        )
 
 
 def backward(
-    signals: Tensor, weight: Tensor, size: Sequence[int], seen: Tensor | None = None
+    signals: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    seen: Tensor | None = None,
+    geometry: Geometry = Geometry(),
 ) -> Tensor:
     """Take several signals of each example back through a convolution.
 
-    Its kernel is 3 x 3, its stride and dilation are 1. Minimal filtering takes a fourth of the
-    multiplications, and leaves ten times the rounding errors: in float32 about 1e-5 of the largest
-    result.
+    With a kernel of 3 x 3, stride and dilation of 1, and images enough, by minimal filtering: that
+    takes a fourth of the multiplications, and leaves ten times the rounding errors: in float32
+    about 1e-5 of the largest result.
 
     Parameters
     ----------
     signals
         ``(N, K, O, *places)``, float32 or float64, on the CPU.
     weight
-        ``(O, I, 3, 3)``.
+        ``(O, I, *kernel)``.
     size
-        Height and width of what the layer saw, which follow from its padding of 0, 1 or 2.
+        Height and width of what the layer saw.
     seen
         ``(N, I, *size)``, what the layer saw, if that came from a ReLU: signals are then taken back
         through the ReLU as well.
+    geometry
+        Of the convolution.
 
     Returns
     -------
@@ -57,7 +85,7 @@ def backward(
     --------
     >>> import torch
     >>> weight = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
-    >>> backward(torch.ones(1, 1, 1, 1, 1), weight, (3, 3))[0, 0, 0].round()
+    >>> backward(torch.ones(1, 1, 1, 1, 1), weight, (3, 3))[0, 0, 0]
     tensor([[1., 2., 3.],
             [4., 5., 6.],
             [7., 8., 9.]])
@@ -67,7 +95,12 @@ def backward(
     if n and k and not signals[0, 0].is_contiguous():
         signals = signals.contiguous()
     seen = None if seen is None else seen.contiguous()
-    _backend.core.convolution_signals(signals, weight.contiguous(), seen, out, _backend.threads())
+    weight, threads, core = weight.contiguous(), _backend.threads(), _backend.core
+    if geometry.filters(weight, n * k, size):
+        core.convolution_signals(signals, weight, seen, out, threads)
+    else:
+        laid = geometry.stride, geometry.padding, geometry.dilation
+        core.convolution_plain_signals(signals, weight, seen, *laid, out, threads)
     return out
 
 
@@ -80,16 +113,23 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, with `backward` for the way back where that is faster."""
-    pads = [1, 1] if padding == "same" else [0, 0] if padding == "valid" else _pair(padding)
-    geometry = _pair(stride), _pair(dilation), groups
-    if geometry != ([1, 1], [1, 1], 1) or not _is_ours(input, weight, bias, pads):
+    """`torch.nn.functional.conv2d`, with `backward` for the way back."""
+    if not _is_ours(input, weight, bias, groups):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    dilations = _pair(dilation)
+    if padding == "same":
+        around = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
+        if any(total % 2 for total in around):  # torch pads one end more than the other
+            return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        pads = around[0] // 2, around[1] // 2
+    else:
+        pads = (0, 0) if padding == "valid" else _pair(padding)
     before, seen = input, None
     node: Any = input.grad_fn
     if getattr(node, "_forward_cls", None) is _Relu and node.version == node.before._version:
         before, seen = node.before, input.detach()
-    return _Convolution.apply(before, seen, weight, bias, pads)  # type: ignore[no-any-return, no-untyped-call]
+    geometry = Geometry(_pair(stride), pads, dilations)
+    return _Convolution.apply(before, seen, weight, bias, geometry)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -99,24 +139,23 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return _Relu.apply(input)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _pair(size: Any) -> list[int]:
-    sizes = [size] if isinstance(size, int) else list(size)
+def _pair(size: Any) -> tuple[int, int]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
     return sizes * 2 if len(sizes) == 1 else sizes
 
 
-def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, pads: list[int]) -> bool:
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
     fixed = [weight] if bias is None else [weight, bias]
     return (
         x.requires_grad
         and x.ndim == weight.ndim == 4
-        and weight.shape[1:] == (x.shape[1], 3, 3)
-        and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and max(pads) <= 2
-        and min(s + 2 * p for s, p in zip(x.shape[2:], pads, strict=True)) >= 3
+        and groups == 1
+        and weight.shape[1] == x.shape[1] >= FEWEST_CHANNELS
         and x.dtype in (torch.float32, torch.float64)
         and all(p.dtype == x.dtype and not p.requires_grad for p in fixed)
         and x.device.type == "cpu"
-        and len(x) > 0
+        and x.numel() > 0
+        and weight.numel() > 0
         and not is_transformed()
         and not is_forward_mode()
     )
@@ -148,59 +187,47 @@ class _Convolution(torch.autograd.Function):
         seen: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        pads: list[int],
+        geometry: Geometry,
     ) -> Tensor:
+        taken = x if seen is None else seen
         ctx.save_for_backward(weight, seen)
-        ctx.pads = pads
-        return torch.conv2d(x if seen is None else seen, weight, bias, 1, pads)
+        ctx.back = taken.shape[2:], geometry.stride, geometry.padding, geometry.dilation
+        laid = geometry.stride, geometry.padding, geometry.dilation
+        return torch.conv2d(taken, weight, bias, *laid)
 
     @staticmethod
     def backward(ctx: Any, signals: Tensor) -> tuple[Tensor | None, ...]:
         weight, seen = ctx.saved_tensors
         back = torch.ops.jacpot.convolution_layer_backward
-        return back(signals, weight, seen, ctx.pads), *[None] * 4
+        return back(signals, weight, seen, *ctx.back), *[None] * 4
 
 
-def _pull_back(signals: Tensor, weight: Tensor, seen: Tensor | None, pads: Sequence[int]) -> Tensor:
-    """Take ``(N, K, O, *places)`` back by what is faster."""
-    size = [s + 2 - 2 * p for s, p in zip(signals.shape[3:], pads, strict=True)]
-    n, k = signals.shape[:2]
-    if n * k * math.prod(-(-s // 4) for s in size) >= FEWEST_TILES:
-        return backward(signals, weight, size, seen)
-    like = signals.new_empty(()).expand(n * k, weight.shape[1], *size)
-    one, wanted = [1, 1], [True, False, False]
-    plain = torch.ops.aten.convolution_backward
-    found: Tensor = plain(
-        signals.flatten(0, 1), like, weight, None, one, pads, one, False, [0, 0], 1, wanted
-    )[0].view(n, k, *like.shape[1:])
-    if seen is not None:
-        found = torch.ops.aten.threshold_backward(found, seen[:, None].expand_as(found), 0)
-    return found
+def _pull_back(
+    signals: Tensor, weight: Tensor, seen: Tensor | None, size: Sequence[int], *laid: Sequence[int]
+) -> Tensor:
+    """Take ``(N, K, O, *places)`` back."""
+    return backward(signals, weight, size, seen, Geometry(*map(_pair, laid)))
 
 
-def _single(signals: Tensor, weight: Tensor, seen: Tensor | None, pads: Sequence[int]) -> Tensor:
-    return _pull_back(signals[:, None], weight, seen, pads)[:, 0]
+def _single(signals: Tensor, *rest: Any) -> Tensor:
+    return _pull_back(signals[:, None], *rest)[:, 0]
 
 
 def _batched(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    signals: Tensor,
-    weight: Tensor,
-    seen: Tensor | None,
-    pads: Sequence[int],
+    info: Any, in_dims: tuple[Any, ...], signals: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
     """Take K signals ``(N, O, *places)`` back at once; the result lies ``(N, K, I, *size)``."""
     assert in_dims[0] is not None
     assert in_dims[1] is None
     assert in_dims[2] is None
-    return _pull_back(signals.movedim(in_dims[0], 1), weight, seen, pads), 1
+    return _pull_back(signals.movedim(in_dims[0], 1), *rest), 1
 
 
 _Library: Any = torch.library.Library  # untyped in PyTorch
 _library = _Library("jacpot", "FRAGMENT")
 _library.define(
-    "convolution_layer_backward(Tensor signals, Tensor weight, Tensor? seen, int[] pads) -> Tensor"
+    "convolution_layer_backward(Tensor signals, Tensor weight, Tensor? seen, int[] size, "
+    "int[] stride, int[] padding, int[] dilation) -> Tensor"
 )
 _library.impl("convolution_layer_backward", _single, "CPU")
 torch.library.register_vmap("jacpot::convolution_layer_backward", _batched, lib=_library)
