@@ -1,16 +1,17 @@
-"""The README's example and every example in docs/ run; their links lead somewhere."""
+"""Every example of the pages runs; their commands can be given, their links lead somewhere."""
 
 from __future__ import annotations
 
 import doctest
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_ten_lines_of_the_readme(capsys):
@@ -33,6 +34,34 @@ def test_examples_of_the_pages(page, tmp_path, monkeypatch):
         str(page), module_relative=False, encoding="utf-8", optionflags=doctest.ELLIPSIS
     )
     assert failures == 0
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of what a page says can be typed, in blocks of shell and in code spans."""
+    text = page.read_text()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    lines = blocks.splitlines() + re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    lines += re.findall(r"`([^`\n]+)`", text)
+    found = [re.match(r"(?:[A-Z_]+=\S+ )*((?:jacpot|make|python) \S.*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_given(page):
+    typer = pytest.importorskip("typer")
+    from jacpot.cli.app import app
+
+    programs = typer.main.get_command(app).commands
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, first, *rest in commands(page):
+        if program == "make":
+            assert first in targets, first
+        elif program == "jacpot" and "--help" not in rest:
+            rest = ["imp" if word == "METHOD" else word for word in rest]
+            programs[first].make_context(first, rest)  # which refuses what it does not know
+        elif program == "python":
+            code = (ROOT / first).read_text() + (ROOT / "bench" / "harness.py").read_text()
+            assert all(f'"{word}"' in code for word in rest if word.startswith("--")), rest
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
