@@ -29,6 +29,24 @@ struct Simd {
 
   static JACPOT_INLINE Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static JACPOT_INLINE void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  // To memory, past the caches: p is a multiple of the vector's size.
+  static JACPOT_INLINE void stream(T* p, Vec v) {
+#if JACPOT_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif JACPOT_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#elif defined(__x86_64__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+    store(p, v);
+#endif
+  }
+  // What was streamed is seen before what is stored from here on.
+  static JACPOT_INLINE void end_stream() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  }
   // The first n <= width elements, and zeros; memory beyond is not touched.
   static JACPOT_INLINE Vec load_first(const T* p, std::int64_t n) {
 #if JACPOT_VECTOR_BYTES == 64

@@ -15,7 +15,8 @@ namespace {
 constexpr Status no_memory{Code::out_of_memory, "not enough memory for the packed factors"};
 constexpr std::int64_t tile_bytes = 160 << 10;
 constexpr std::int64_t tiles_per_thread = 4;
-constexpr std::int64_t few_tiles = 16;  // fewer than these are cut into parts
+constexpr std::int64_t streamed_bytes = 32 << 20;  // of a result that no cache holds
+constexpr std::int64_t few_tiles = 16;             // fewer than these are cut into parts
 // Of each part, for each number of the result, which it writes and which is added up.
 constexpr double least_multiplications = 1000;
 
@@ -114,6 +115,7 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
   plan.row_output = full ? m * k : 1;
   plan.column_example = trace ? 1 : k;
   plan.column_output = full ? 1 : 0;
+  plan.streams = n * plan.row_example * static_cast<std::int64_t>(sizeof(T)) > streamed_bytes;
   plan.out = problem.out;
 
   std::int64_t size = 0;  // of a group

@@ -99,6 +99,7 @@ struct GramPlan {
   std::int64_t pairs;                   // slices that a tile of the diagonal does at once; else 1
   std::int64_t part, parts;             // the terms of the sums that are computed, of how many
   std::int64_t row_example, row_output, column_example, column_output;  // strides of out
+  bool streams;  // the result is larger than the caches: write past them
   T* out;
 };
 

@@ -205,23 +205,33 @@ struct Gram {
   }
 
   // from (n, k) x (m, l) to the output, examples [begin, end) of the columns.
-  static void write(T* out, const T* from, std::int64_t from_stride, std::int64_t n, std::int64_t k,
-                    std::int64_t n_step, std::int64_t k_step, std::int64_t begin, std::int64_t end,
-                    std::int64_t l, std::int64_t m_step, std::int64_t l_step) {
+  void write(T* out, const T* from, std::int64_t from_stride, std::int64_t n, std::int64_t k,
+             std::int64_t n_step, std::int64_t k_step, std::int64_t begin, std::int64_t end,
+             std::int64_t l, std::int64_t m_step, std::int64_t l_step) const {
     const bool together = (l == 1 || l_step == 1) && m_step == l;
     for (std::int64_t i = 0; i < n; ++i)
       for (std::int64_t j = 0; j < k; ++j) {
         const T* line = from + (i * k + j) * from_stride;
         T* to = out + i * n_step + j * k_step;
         if (together) {
-          std::int64_t c = begin * l;
-          for (; c + width <= end * l; c += width) V::store(to + c, V::load(line + c));
-          for (; c < end * l; ++c) to[c] = line[c];
+          write_line(to + begin * l, line + begin * l, (end - begin) * l);
         } else {
           for (std::int64_t c = begin; c < end; ++c)
             for (std::int64_t q = 0; q < l; ++q) to[c * m_step + q * l_step] = line[c * l + q];
         }
       }
+  }
+
+  // Whole vectors past the caches, if asked for: a line that is stored is read first otherwise.
+  void write_line(T* to, const T* from, std::int64_t n) const {
+    std::int64_t c = 0;
+    if (plan.streams) {
+      for (; c < n && reinterpret_cast<std::uintptr_t>(to + c) % sizeof(Vec) != 0; ++c)
+        to[c] = from[c];
+      for (; c + width <= n; c += width) V::stream(to + c, V::load(from + c));
+    }
+    for (; c + width <= n; c += width) V::store(to + c, V::load(from + c));
+    for (; c < n; ++c) to[c] = from[c];
   }
 
   void finish(bool diagonal) {
@@ -261,6 +271,7 @@ struct Gram {
     clear(z);
     for (std::int64_t i = 0; i < plan.n_layers; ++i) add_layer(i, diagonal);
     finish(diagonal);
+    if (plan.streams) V::end_stream();
   }
 
   static void run_tile(const GramPlan<T>& plan, const GramTile& tile, T* memory) {

@@ -83,6 +83,7 @@ def test_gram_of_many_examples_is_what_rows_give():
         (19, 2, 13, 20, 17),
         (3, 33, 1, 4, 9),
         (110, 18, 1, 5, 6),
+        (125, 17, 1, 5, 6),  # a result that is written past the caches
     ]:
         a = torch.randn(n, t, 1, i, generator=generator, dtype=torch.float64)
         s = torch.randn(n, k, t, 1, o, generator=generator, dtype=torch.float64)
