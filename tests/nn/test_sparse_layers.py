@@ -15,6 +15,21 @@ import jacpot
 from jacpot.nn import MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 
 
+def assert_same(sparse, network, dense, mask, x):
+    """``sparse`` computes what ``network`` does, whose layer is ``dense``; so do its gradients."""
+    x1, x2 = (x.clone().requires_grad_() for _ in range(2))
+    y, expected = sparse(x1), network(x2)
+    torch.testing.assert_close(y, expected)
+    seed = torch.randn_like(expected)
+    y.backward(seed)
+    expected.backward(seed)
+    torch.testing.assert_close(x1.grad, x2.grad)
+    torch.testing.assert_close(sparse.values.grad, dense.weight.grad[mask])
+    if dense.bias is not None:
+        torch.testing.assert_close(sparse.bias.grad, dense.bias.grad)
+    assert torch.equal(sparse.mask(), mask)
+
+
 @given(
     shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     density=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
@@ -30,19 +45,8 @@ def test_sparse_linear_is_the_masked_linear(
     mask = torch.rand(shape).to(real_device) < density
     layer = SparseLinear.from_linear(linear, mask, relu=relu, layout=layout)
     dense = masked_copy(linear, mask)
-    x = torch.randn(*leading, shape[1], dtype=torch.float64).to(real_device).requires_grad_()
-    x2 = x.detach().clone().requires_grad_()
-    y, expected = layer(x), dense(x2)
-    expected = expected.relu() if relu else expected
-    torch.testing.assert_close(y, expected)
-    seed = torch.randn_like(expected)
-    y.backward(seed)
-    expected.backward(seed)
-    torch.testing.assert_close(x.grad, x2.grad)
-    torch.testing.assert_close(layer.values.grad, dense.weight.grad[mask])
-    if bias:
-        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
-    assert torch.equal(layer.mask(), mask)
+    x = torch.randn(*leading, shape[1], dtype=torch.float64).to(real_device)
+    assert_same(layer, nn.Sequential(dense, nn.ReLU()) if relu else dense, dense, mask, x)
     torch.testing.assert_close(layer.to_linear().weight, dense.weight)
 
 
@@ -75,19 +79,8 @@ def test_sparse_conv2d_is_the_masked_conv2d(
     mask = torch.rand(conv.weight.shape).to(real_device) < density
     layer = SparseConv2d.from_conv2d(conv, mask)
     dense = masked_copy(conv, mask)
-    x = torch.randn(examples, channels[0] * groups, *image, dtype=torch.float64)
-    x = x.to(real_device).requires_grad_()
-    x2 = x.detach().clone().requires_grad_()
-    y, expected = layer(x), dense(x2)
-    torch.testing.assert_close(y, expected)
-    seed = torch.randn_like(expected)
-    y.backward(seed)
-    expected.backward(seed)
-    torch.testing.assert_close(x.grad, x2.grad)
-    torch.testing.assert_close(layer.values.grad, dense.weight.grad[mask])
-    if bias:
-        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
-    assert torch.equal(layer.mask(), mask)
+    x = torch.randn(examples, channels[0] * groups, *image, dtype=torch.float64).to(real_device)
+    assert_same(layer, dense, dense, mask, x)
     torch.testing.assert_close(layer.to_conv2d().weight, dense.weight)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from maps import assert_maps
 from torch.nn import functional
 
 import jacpot
@@ -84,20 +85,7 @@ def test_vmap():
     def f(x, values, bias):
         return masked_conv2d(x, values, pattern, window, bias, method="sparse")
 
-    many = torch.randn(4, *x.shape, dtype=x.dtype)
-    expected = torch.stack([f(one, values, bias) for one in many])
-    torch.testing.assert_close(torch.vmap(f, (0, None, None))(many, values, bias), expected)
-    other = torch.randn(4, pattern.nnz, dtype=x.dtype)
-    expected = torch.stack([f(x, one, bias) for one in other])
-    torch.testing.assert_close(torch.vmap(f, (None, 0, None))(x, other, bias), expected)
-    # Gradients per example, by torch.func.
-    per_example = torch.vmap(
-        torch.func.grad(lambda v, one: f(one[None], v, bias).square().sum()), (None, 0)
-    )(values, x)
-    for i, one in enumerate(x):
-        v = values.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(one[None], v, bias).square().sum(), v)
-        torch.testing.assert_close(per_example[i], gradient)
+    assert_maps(f, x, values, bias)
 
 
 @pytest.mark.parametrize("method", ["sparse", "dense"])

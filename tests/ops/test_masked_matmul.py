@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from maps import assert_maps
 
 import jacpot
 from jacpot.reference import masked_matmul as oracle
@@ -250,20 +251,7 @@ def test_vmap(any_device):
     def f(x, values, bias):
         return jacpot.masked_matmul(x, values, pattern, bias, method="sparse")
 
-    many = torch.randn(4, *x.shape, dtype=x.dtype).to(any_device)
-    expected = torch.stack([f(one, values, bias) for one in many])
-    torch.testing.assert_close(torch.vmap(f, (0, None, None))(many, values, bias), expected)
-    other = torch.randn(4, pattern.nnz, dtype=x.dtype).to(any_device)
-    expected = torch.stack([f(x, one, bias) for one in other])
-    torch.testing.assert_close(torch.vmap(f, (None, 0, None))(x, other, bias), expected)
-    # Gradients per example, by torch.func.
-    per_example = torch.vmap(
-        torch.func.grad(lambda v, one: f(one[None], v, bias).square().sum()), (None, 0)
-    )(values, x)
-    for i, one in enumerate(x):
-        v = values.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(one[None], v, bias).square().sum(), v)
-        torch.testing.assert_close(per_example[i], gradient)
+    assert_maps(f, x, values, bias)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jacpot.cli.options import (
-    Data,
-    Device,
-    Fresh,
-    Seeds,
-    TestSize,
-    TrainSize,
-    conclude,
-    numbers,
-    progress_bar,
-    refusals,
-    usable,
-)
+from jacpot.cli import options
 
 if TYPE_CHECKING:
     from jacpot.studies.compare import Settings
@@ -50,11 +38,11 @@ WIDTHS = {Net.mlp: 256, Net.cnn: 32}
 
 
 def compare(
-    data: Data = "digits",
+    data: options.Data = "digits",
     out: Annotated[
         Path, typer.Option(help="Folder for the results; run again to continue.")
     ] = Path("runs/compare"),
-    seeds: Seeds = 3,
+    seeds: options.Seeds = 3,
     net: Annotated[Net, typer.Option(help="Family of networks.")] = Net.mlp,
     width: Annotated[
         str | None,
@@ -63,8 +51,8 @@ def compare(
     depth: Annotated[
         int | None, typer.Option(min=1, help="Hidden layers, all of one width; 2 if not given.")
     ] = None,
-    train_size: TrainSize = None,
-    test_size: TestSize = None,
+    train_size: options.TrainSize = None,
+    test_size: options.TestSize = None,
     ridge: Annotated[
         str | None,
         typer.Option(
@@ -83,8 +71,8 @@ def compare(
     max_epochs: Annotated[
         int, typer.Option(min=1, help="Training ends there, converged or not.")
     ] = 300,
-    device: Device = "cpu",
-    fresh: Fresh = False,
+    device: options.Device = "cpu",
+    fresh: options.Fresh = False,
 ) -> None:
     """Fit the tangent space of a random network in closed form; compare with training it.
 
@@ -101,16 +89,16 @@ def compare(
 
     if learning_rate is None:
         learning_rate = {Optimizer.adam: 1e-3, Optimizer.sgd: 1e-2}[optimizer]
-    with refusals("compare"):
+    with options.refusals("compare"):
         settings = Settings(
             net=net.value,
             widths=_widths(net, width, depth),
-            ridges=RIDGES if ridge is None else numbers("ridge", ridge, float),
+            ridges=RIDGES if ridge is None else options.numbers("ridge", ridge, float),
             train_size=train_size,
             test_size=test_size,
             tol=tol,
             recipe=Recipe(optimizer.value, learning_rate, batch_size, max_epochs=max_epochs),
-            device=usable(device),
+            device=options.usable(device),
         )
         dataset = load(data)
         parts = split(dataset, train_size, test_size, device=settings.device)
@@ -129,7 +117,7 @@ def compare(
             console.print(f"[dim]{record.path}\n{figure}[/]", highlight=False, soft_wrap=True)
         except OSError as error:
             end = end or error
-    conclude("compare", console, end, f"{len(record.runs)} of {seeds}", "seeds")
+    options.conclude("compare", console, end, f"{len(record.runs)} of {seeds}", "seeds")
 
 
 def _run(
@@ -145,7 +133,7 @@ def _run(
         console.print(
             f"[dim]{record.folder} already holds {done()} of {seeds} seeds[/]", soft_wrap=True
         )
-    with progress_bar(console) as bar:
+    with options.progress_bar(console) as bar:
         task = bar.add_task("", total=seeds, completed=done(), name="seeds")
 
         def show(seed: int, stage: str) -> None:
@@ -159,7 +147,7 @@ def _run(
 
 
 def _widths(net: Net, width: str | None, depth: int | None) -> tuple[int, ...]:
-    widths = numbers("width", width, int) if width is not None else (WIDTHS[net],)
+    widths = options.numbers("width", width, int) if width is not None else (WIDTHS[net],)
     if len(widths) == 1:
         return widths * (2 if depth is None else depth)
     if depth is not None and depth != len(widths):

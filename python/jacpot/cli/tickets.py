@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jacpot.cli.options import (
-    Data,
-    Device,
-    Fresh,
-    Seeds,
-    TestSize,
-    TrainSize,
-    conclude,
-    numbers,
-    progress_bar,
-    refusals,
-    usable,
-)
+from jacpot.cli import options
 
 if TYPE_CHECKING:
     from jacpot.studies.split import Split
@@ -86,12 +74,12 @@ class Weights(str, Enum):
 def tickets(
     context: typer.Context,
     method: Annotated[Method, typer.Argument(help="How tickets are found.")],
-    data: Data = "digits",
+    data: options.Data = "digits",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; run again to continue. runs/tickets-METHOD."),
     ] = None,
-    seeds: Seeds = 1,
+    seeds: options.Seeds = 1,
     net: Annotated[Net, typer.Option(help="Family of networks.")] = Net.mlp,
     width: Annotated[
         str, typer.Option(help="Width, or one a hidden layer (a pair of layers of a vgg).")
@@ -100,8 +88,8 @@ def tickets(
         int | None, typer.Option(min=1, help="Hidden layers, all of one width.")
     ] = None,
     he: Annotated[bool, typer.Option("--he", help="Draw the weights by He's rule.")] = False,
-    train_size: TrainSize = None,
-    test_size: TestSize = None,
+    train_size: options.TrainSize = None,
+    test_size: options.TestSize = None,
     density: Annotated[
         str, typer.Option(help="Shares of weights to keep: 0.1,0.01. Not for imp.")
     ] = "0.1",
@@ -129,8 +117,8 @@ def tickets(
         typer.Option(help="Of Adam; 0.0012, of supermasks 0.1 (zhou) and 0.01, if not given."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 60,
-    device: Device = "cpu",
-    fresh: Fresh = False,
+    device: options.Device = "cpu",
+    fresh: options.Fresh = False,
 ) -> None:
     """Search tickets by one method, train what was found, and report it by density.
 
@@ -151,9 +139,9 @@ def tickets(
     if learning_rate is None:
         masks = 0.1 if name == "zhou" else 0.01
         learning_rate = masks if name in SUPERMASKS else 1.2e-3
-    with refusals("tickets"):
+    with options.refusals("tickets"):
         _refuse_idle_options(context, method)
-        widths = numbers("width", width, int)
+        widths = options.numbers("width", width, int)
         if depth is not None:
             if len(widths) != 1:
                 raise ValueError(f"depth: needs a single --width, got {width}")
@@ -163,7 +151,7 @@ def tickets(
             net=net.value,
             widths=widths,
             he=he,
-            densities=numbers("density", density, float),
+            densities=options.numbers("density", density, float),
             scope=scope.value,
             iterations=iterations or (100 if name == "synflow" else 1),
             score_size=score_size,
@@ -174,7 +162,7 @@ def tickets(
             recipe=Steps(steps=steps, learning_rate=learning_rate, batch_size=batch_size),
         )
         dataset = load(data)
-        parts = split(dataset, train_size, test_size, device=usable(device))
+        parts = split(dataset, train_size, test_size, device=options.usable(device))
         build(settings, parts, seed=0)  # what cannot be built is said before anything is kept
         store = Store(folder, settings.record(dataset, parts), fresh)
 
@@ -192,7 +180,9 @@ def tickets(
             console.print(f"[dim]{path}\n{figure}[/]", highlight=False, soft_wrap=True)
         except OSError as error:
             end = end or error
-    conclude("tickets", console, end, f"{len(rows)} of {seeds * settings.trainings}", "trainings")
+    options.conclude(
+        "tickets", console, end, f"{len(rows)} of {seeds * settings.trainings}", "trainings"
+    )
 
 
 def _run(
@@ -202,7 +192,7 @@ def _run(
     from jacpot.studies.tickets import run
 
     rows: list[dict[str, Any]] = []
-    with progress_bar(console) as bar:
+    with options.progress_bar(console) as bar:
         task = bar.add_task("", total=seeds * settings.trainings, name="trainings")
 
         def keep(row: dict[str, Any]) -> None:
