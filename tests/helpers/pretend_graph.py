@@ -55,7 +55,7 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name == "aten::nonzero":
+        if _asks_the_device(func._schema.name, args):
             raise RuntimeError("operation not permitted when stream is capturing")
         if func._schema.is_mutable:
             self.graph.work.append(lambda: func(*args, **kwargs))
@@ -74,6 +74,14 @@ class _Record(TorchDispatchMode):
 
         self.graph.work.append(again)
         return out
+
+
+def _asks_the_device(name: str, args: Any) -> bool:
+    """Whether an operation's result, or its size, has to be known on the host."""
+    if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+        return any(i is not None and i.dtype == torch.bool for i in args[1])
+    asking = ("nonzero", "_unique2", "masked_select", "_local_scalar_dense", "equal")
+    return name.removeprefix("aten::") in asking
 
 
 def _parts(result: Any) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from jacpot.linalg import DenseOperator, FunctionOperator, Status, solve
 from jacpot.linalg.cuda import SOLVERS
 from jacpot.linalg.cuda_cg import CHECK_EVERY
 from jacpot.linalg.cuda_refine import refine
-from jacpot.ops.jacobian import Factors, Rows
+from jacpot.ops.jacobian import Added, Factors, Lookup, Rows
 from jacpot.tangent.operators import GaussNewtonOperator, JacobianOperator, KernelOperator
 
 EVERY = ["cg", "block_cg", "cholesky", "lsmr", "minres"]
@@ -272,7 +272,12 @@ def test_products_with_a_small_jacobian_are_replayed(graphs, kind, density):
     if density is not None:
         pattern = jacpot.Pattern(torch.rand(9, 30, generator=generator) < density)
     rows = torch.randn(8, 3, 4, generator=generator).double()
-    operator = kind(JacobianOperator([Factors(a, s, pattern, bias=True), Rows(rows)], 8, 3))
+    tokens = torch.randint(0, 6, (8, 5), generator=generator)
+    seen = torch.randn(8, 3, 5, 2, generator=generator).double()
+    kept = None if density is None else torch.rand(6, 2, generator=generator) < 0.7
+    table = Lookup(tokens, seen, 6, kept)
+    blocks = [Factors(a, s, pattern, bias=True), Rows(rows), table, Added((table, table))]
+    operator = kind(JacobianOperator(blocks, 8, 3))
     b = torch.randn(operator.shape[0], 2, generator=generator).double()
     replayed = solve(operator, b, 5.0, method="cg", tol=1e-10)
     assert replayed.converged, str(replayed)

@@ -94,6 +94,13 @@ class Lookup(OfSignals):
         return self.tokens.nbytes + self.signals.nbytes
 
     @cached_property
+    def places(self) -> Tensor:
+        """Where the kept elements are in the table, flat and rising; found once, by a wait."""
+        if self.kept is None:
+            return torch.arange(self.n_tokens * self.width, device=self.device)
+        return self.kept.flatten().nonzero()[:, 0]
+
+    @cached_property
     def seen(self) -> Tensor:
         """The entries that are looked up at all, rising."""
         distinct: Tensor = torch.unique(self.tokens)
@@ -103,7 +110,8 @@ class Lookup(OfSignals):
         """``J v`` for ``(R, P)`` vectors, ``(N, K, R)``: what positions look up in them."""
         r = len(vectors)
         if self.kept is not None:
-            vectors = vectors.new_zeros(r, *self.kept.shape).masked_scatter_(self.kept, vectors)
+            table = vectors.new_zeros(r, self.kept.numel())
+            vectors = table.index_copy_(1, self.places, vectors)
         found = vectors.view(r, self.n_tokens, self.width)[:, self.tokens]  # (R, N, T, D)
         return self.signals.flatten(2) @ found.flatten(2).permute(1, 2, 0)
 
@@ -113,7 +121,8 @@ class Lookup(OfSignals):
         mixed = (u.mT @ self.signals.flatten(2)).view(n, r, self.n_positions, self.width)
         out = u.new_zeros(r, self.n_tokens, self.width)
         out.index_add_(1, self.tokens.flatten(), mixed.transpose(0, 1).flatten(1, 2))
-        return out.flatten(1) if self.kept is None else out[:, self.kept]
+        out = out.flatten(1)
+        return out if self.kept is None else out.index_select(1, self.places)
 
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
