@@ -161,7 +161,13 @@ def written_to(path):
     numpy.load(path, mmap_mode="r+")[0, 2] = 123.0
 
 
-@pytest.mark.parametrize("change", [removed, made_anew, written_to])
+def written_to_where_it_is_mirrored(path):
+    numpy.load(path, mmap_mode="r+")[2, 0] = 123.0
+
+
+@pytest.mark.parametrize(
+    "change", [removed, made_anew, written_to, written_to_where_it_is_mirrored]
+)
 def test_an_output_that_lost_its_blocks(change, tmp_path):
     path = tmp_path / "k.npy"
     module, x = stopped(path)

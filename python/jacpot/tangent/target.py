@@ -111,10 +111,11 @@ class Target:
         self._copies.start(block, store)
 
     def holds(self, places: Sequence[Place], found: int) -> bool:
-        """Whether the block of this checksum is where it was written first."""
-        index, order = places[0]
-        values = numpy.asarray(self.array[index]).transpose(numpy.argsort(order))
-        same = checksum(values) == found
+        """Whether the block of this checksum is at all its places."""
+        same = all(
+            checksum(numpy.asarray(self.array[index]).transpose(numpy.argsort(order))) == found
+            for index, order in places
+        )
         self._release()
         return same
 
