@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -216,5 +217,8 @@ def test_forced_methods_agree():
 def test_arguments_of_another_type_are_refused():
     with pytest.raises(TypeError, match="'values' must be bfloat16 like 'x', got float32"):
         SparseConv2d(torch.ones(2, 2, 1, 1, dtype=torch.bool))(torch.ones(1, 2, 3, 3).bfloat16())
+    for layer in (SparseConv2d(torch.ones(2, 2, 1, 1) > 0), SparseLinear(torch.ones(2, 2) > 0)):
+        with pytest.raises(TypeError, match=r"'x' must be a torch\.Tensor, got ndarray"):
+            layer(np.ones((2, 2)))
     with pytest.raises(ValueError, match="'layout' must be 'row' or 'feature', got 'foo'"):
         SparseLinear(torch.ones(2, 2, dtype=torch.bool), layout="foo")

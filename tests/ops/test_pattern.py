@@ -144,6 +144,8 @@ def test_refusals():
         jacpot.Pattern([[True]])
     with pytest.raises(ValueError, match="'mask' must have 2 dimensions"):
         jacpot.Pattern(torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="'mask' must hold values, got a tensor on the meta"):
+        jacpot.Pattern(torch.ones(2, 2, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match="not a compiled pattern"):
         jacpot.Pattern.from_block(torch.zeros(300, dtype=torch.uint8))
     pattern = jacpot.Pattern(torch.ones(2, 3, dtype=torch.bool))

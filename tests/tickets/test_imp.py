@@ -305,6 +305,12 @@ def test_arguments_of_another_type_are_refused():
         tickets.imp(net, lambda net: None, prune_fraction="a")
     with pytest.raises(TypeError, match="'rewind' must be a name or a step, got True"):
         tickets.imp(net, lambda net: None, rewind=True)
+    with pytest.raises(TypeError, match="'rounds' must be an int, got str"):
+        tickets.imp(net, lambda net: None, rounds="1")
+    with pytest.raises(TypeError, match="'train' must be callable, got NoneType"):
+        tickets.imp(net, None)
+    with pytest.raises(TypeError, match="'train' must return a mapping of metrics or None, got li"):
+        tickets.imp(net, lambda net: [1.0])
 
 
 def test_a_negative_seed_is_one_of_its_own():

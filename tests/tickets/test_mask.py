@@ -96,6 +96,10 @@ def test_refusals():
         one & other
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
         one | {"w": torch.ones(3) > 0}
+    with pytest.raises(TypeError, match="'other' must map names to tensors, got list"):
+        one & ["w"]
+    with pytest.raises(ValueError, match="must hold values, got a tensor on the meta device for"):
+        Mask({"w": torch.ones(2, dtype=torch.bool, device="meta")})
 
 
 def test_state_dict_keys_are_those_of_an_applied_mask():

@@ -155,6 +155,8 @@ def test_refusals():
         tickets.supermask(make_net(), "hidden")
     with pytest.raises(ValueError, match=r"'density' must lie in \(0, 1\), got 0"):
         tickets.supermask(make_net(), density=0)
+    with pytest.raises(TypeError, match="'density' must be a number, got str"):
+        tickets.supermask(make_net(), density="half")
     net = make_net()
     with pytest.raises(ValueError, match="wears a mask"):
         tickets.supermask(tickets.apply(net, Mask.ones(net)))

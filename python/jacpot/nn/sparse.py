@@ -62,6 +62,8 @@ class _Sparse(nn.Module):
 
     def _parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values and bias: under autocast, of the dtype of x."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"argument 'x' must be a torch.Tensor, got {type(x).__name__}")
         values, bias = self.values, self.bias
         if x.dtype == values.dtype or not torch.is_autocast_enabled(x.device.type):
             return values, bias

@@ -61,6 +61,10 @@ class Pattern:
         device, host = torch.device("cpu"), mask
         if is_array(mask):
             tensor = as_tensor("mask", mask)
+            if tensor.is_meta:
+                raise ValueError(
+                    "argument 'mask' must hold values, got a tensor on the meta device"
+                )
             device, host = tensor.device, tensor.detach().cpu()
         block = _backend.core.compile_pattern(host, _allocate, _backend.threads())
         self._open(block, device)

@@ -14,6 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from jacpot.linalg.arguments import check_count
 from jacpot.nn.stand_ins import copy_of
 from jacpot.tickets._files import read_json, read_tensors, write_atomically, write_tensors
 from jacpot.tickets._random import seeded
@@ -106,7 +107,7 @@ def imp(
     Raises
     ------
     TypeError
-        If a fraction or ``rewind`` is of another type.
+        If an argument, or what ``train`` returns, is of another type.
     ValueError
         If an argument is out of range, a parameter would lose its last weight, or
         ``directory`` holds a search with other settings.
@@ -132,7 +133,10 @@ def imp(
     >>> [round.mask.nnz for round in found.rounds]
     [4, 2, 1]
     """
-    _check(rounds, prune_fraction, rewind, layer_fractions, scope)
+    if not callable(train):
+        raise TypeError(f"argument 'train' must be callable, got {type(train).__name__}")
+    rounds = check_count("rounds", rounds)
+    _check(prune_fraction, rewind, layer_fractions, scope)
     first = chosen_mask(module, mask)
     apply(copy_of(module), first)  # what cannot wear it is refused before anything is trained
     for name in layer_fractions or {}:
@@ -212,6 +216,11 @@ def _round(
     with seeded(seed, index + 1):
         span = (rewind, None) if isinstance(rewind, int) else ()
         metrics = train(network, *span)
+    if not isinstance(metrics, Mapping | None):
+        raise TypeError(
+            "argument 'train' must return a mapping of metrics or None, got "
+            f"{type(metrics).__name__}"
+        )
     return Round(index, mask, dict(metrics or {}), bake(network).state_dict())
 
 
@@ -276,14 +285,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check(
-    rounds: int,
     prune_fraction: float,
     rewind: int | str,
     layer_fractions: Mapping[str, float] | None,
     scope: str,
 ) -> None:
-    if rounds < 0:
-        raise ValueError(f"argument 'rounds' must be at least 0, got {rounds}")
     own = {f"layer_fractions[{name!r}]": value for name, value in (layer_fractions or {}).items()}
     for name, fraction in {"prune_fraction": prune_fraction, **own}.items():
         if not isinstance(fraction, SupportsFloat):

@@ -38,6 +38,8 @@ class Mask(Mapping[str, Tensor]):
     ------
     TypeError
         If a name is no string or a tensor is not bool.
+    ValueError
+        If a tensor is on the meta device.
 
     Examples
     --------
@@ -61,6 +63,11 @@ class Mask(Mapping[str, Tensor]):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"argument 'masks' must hold bool tensors, got {kind} for {name!r}")
+            if mask.is_meta:
+                raise ValueError(
+                    "argument 'masks' must hold values, got a tensor on the meta device for "
+                    f"{name!r}"
+                )
             self._masks[name] = mask.detach().clone(memory_format=torch.contiguous_format)
 
     @classmethod
@@ -269,6 +276,10 @@ def check_same_layout(
     argument: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
     """Refuse a mapping whose names or shapes are not those of ``expected``."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"argument {argument!r} must map names to tensors, got {type(given).__name__}"
+        )
     if given.keys() != expected.keys():
         odd = sorted(given.keys() ^ expected.keys())
         raise ValueError(f"argument {argument!r} must name the same parameters; differs in {odd}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jacpot.linalg.arguments import check_number
 from jacpot.nn.stand_ins import copy_of
 from jacpot.nn.worn import named_parameters, owners
 from jacpot.tickets._parametrize import parametrizations, refuse_another, register, unregister
@@ -148,6 +149,7 @@ def supermask(
         raise ValueError(
             f"argument 'weights' must be 'initial' or 'signed_constant', got {weights!r}"
         )
+    density = check_number("density", density)
     if not 0 < density < 1 and not (density == 1 and kind != "zhou"):
         raise ValueError(f"argument 'density' must lie in (0, 1), got {density}")
     if len(applied_mask(module)):
