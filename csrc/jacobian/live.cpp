@@ -53,8 +53,8 @@ void add_up(std::int64_t* counts, std::int64_t size) {  // counts[i + 1] -> wher
 template <class T>
 void LiveLayer<T>::count(const View<const T, 5>& signals, std::int64_t row_block,
                          std::uint8_t* live) {
-  std::int64_t* of_units = unit_begins_.get() + row_block * units() + 1;
-  std::fill_n(of_units, units(), std::int64_t{0});
+  std::uint64_t* of_units = rows_of_units_.get() + row_block * units();
+  std::fill_n(of_units, units(), std::uint64_t{0});
   for (std::int64_t row = row_block * block; row < std::min(rows(), (row_block + 1) * block);
        ++row) {
     std::uint8_t* own = live + row * units();
@@ -69,7 +69,7 @@ void LiveLayer<T>::count(const View<const T, 5>& signals, std::int64_t row_block
         std::int64_t in_block = 0;
         for (std::int64_t o = b * block; o < std::min(outputs, (b + 1) * block); ++o) {
           in_block += own[o];
-          of_units[g * outputs + o] += own[o];
+          of_units[g * outputs + o] |= std::uint64_t{own[o]} << (row - row_block * block);
         }
         row_begins_[(g * unit_blocks() + b) * rows() + row + 1] = in_block;
         total += in_block;
@@ -82,15 +82,6 @@ void LiveLayer<T>::count(const View<const T, 5>& signals, std::int64_t row_block
 template <class T>
 void LiveLayer<T>::fill(const View<const T, 5>& signals, std::int64_t row_block,
                         const std::uint8_t* live) {
-  for (std::int64_t u = 0; u < units(); ++u) {
-    const std::int64_t begin = unit_begins(row_block)[u],
-                       size = unit_begins(row_block)[u + 1] - begin;
-    std::uint8_t* places = unit_entries_.get() + begin;
-    for (std::int64_t row = row_block * block, i = 0; i < size; ++row) {
-      places[i] = static_cast<std::uint8_t>(row - row_block * block);
-      i += live[row * units() + u];
-    }
-  }
   for (std::int64_t row = row_block * block; row < std::min(rows(), (row_block + 1) * block);
        ++row) {
     const std::int64_t example = row / positions, first = starts_[example * positions],
@@ -126,24 +117,21 @@ Status LiveLayer<T>::make(View<const T, 5> signals, const T* activations, std::i
   l.inputs = inputs;
   l.activations = activations;
   l.bias = bias;
-  const std::int64_t rows = l.rows(), of_rows = l.groups * l.unit_blocks() * rows,
-                     of_units = l.row_blocks() * l.units();
+  const std::int64_t rows = l.rows(), of_rows = l.groups * l.unit_blocks() * rows;
   l.starts_ = allocate_scratch<std::int64_t>(rows + 1);
   l.row_begins_ = allocate_scratch<std::int64_t>(of_rows + 1);
-  l.unit_begins_ = allocate_scratch<std::int64_t>(of_units + 1);
+  l.rows_of_units_ = allocate_scratch<std::uint64_t>(l.row_blocks() * l.units());
   const auto live = allocate_scratch<std::uint8_t>(rows * l.units());
-  if (!l.starts_ || !l.row_begins_ || !l.unit_begins_ || !live) return no_memory;
+  if (!l.starts_ || !l.row_begins_ || !l.rows_of_units_ || !live) return no_memory;
   parallel_for(threads, l.row_blocks(),
                [&](std::int64_t row_block) { l.count(signals, row_block, live.get()); });
   add_up(l.starts_.get(), rows);
   add_up(l.row_begins_.get(), of_rows);
-  add_up(l.unit_begins_.get(), of_units);
   const std::int64_t total = l.starts_[rows];
   if (static_cast<double>(total) > most * static_cast<double>(rows * l.units())) return {};
   l.row_entries_ = allocate_scratch<std::uint8_t>(total);
-  l.unit_entries_ = allocate_scratch<std::uint8_t>(total);
   l.signals_ = allocate_scratch<T>(l.k * total);
-  if (!l.row_entries_ || !l.unit_entries_ || !l.signals_) return no_memory;
+  if (!l.row_entries_ || !l.signals_) return no_memory;
   parallel_for(threads, l.row_blocks(),
                [&](std::int64_t row_block) { l.fill(signals, row_block, live.get()); });
   out = std::move(l);
@@ -152,8 +140,8 @@ Status LiveLayer<T>::make(View<const T, 5> signals, const T* activations, std::i
 
 template <class T>
 std::int64_t LiveLayer<T>::bytes() const {
-  const std::int64_t lists = rows() * (1 + groups * unit_blocks()) + row_blocks() * units() + 3;
-  return size() * (k * std::int64_t{sizeof(T)} + 2) + lists * std::int64_t{sizeof(std::int64_t)};
+  const std::int64_t lists = rows() * (1 + groups * unit_blocks()) + row_blocks() * units() + 2;
+  return size() * (k * std::int64_t{sizeof(T)} + 1) + lists * std::int64_t{sizeof(std::int64_t)};
 }
 
 template <class T>
@@ -265,35 +253,42 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
   const std::int64_t held_size =
       panel_size + ceil_div(l.outputs, per_group) * kernel.most_vectors * kernel.width;
   const auto tiles = allocate_scratch<T>(at_once * r * tile_size);
-  const auto combined = allocate_scratch<T>(threads * r * units);
+  const auto combined = allocate_scratch<T>(threads * r * tile_size);
   const auto held = allocate_scratch<T>(threads * held_size);
   if (!tiles || !combined || !held) return no_memory;
 
   for (std::int64_t first = 0; first < l.row_blocks(); first += at_once) {
     const std::int64_t count = std::min(at_once, l.row_blocks() - first);
     for_workers(threads, count, [&](std::int64_t worker, std::int64_t task) {
-      T* own = combined.get() + worker * r * units;  // (R, live units of a row)
-      T* tile = tiles.get() + task * r * tile_size;
-      std::fill_n(tile, r * tile_size, T(0));
       const std::int64_t begin = (first + task) * l.block,
-                         end = std::min(l.rows(), begin + l.block);
+                         end = std::min(l.rows(), begin + l.block), from = l.starts()[begin],
+                         live = l.starts()[end] - from;
+      T* own = combined.get() + worker * r * tile_size;  // (R, live units of these rows)
       for (std::int64_t row = begin; row < end; ++row) {
         const std::int64_t example = row / l.positions, start = l.starts()[example * l.positions],
-                           length = l.starts()[(example + 1) * l.positions] - start;
-        kernels_of<ProductTable, T>().combine(l.signals() + l.k * start + l.starts()[row] - start,
-                                              l.k, length, l.starts()[row + 1] - l.starts()[row],
-                                              u + example * l.k * r, r, units, false, own);
-        for (std::int64_t j = 0; j < r; ++j) {
-          const T* from = own + j * units;
-          T* to = tile + j * tile_size + row - begin;
-          for (std::int64_t g = 0; g < l.groups; ++g)
-            for (std::int64_t b = 0; b < l.unit_blocks(); ++b) {
-              const std::int64_t* begins = l.row_begins(g, b) + row;
-              T* of_block = to + (g * l.outputs + b * l.block) * l.block;
-              for (std::int64_t e = begins[0]; e < begins[1]; ++e)
-                of_block[l.units_of_rows()[e] * l.block] = *from++;
+                           length = l.starts()[(example + 1) * l.positions] - start,
+                           at = l.starts()[row];
+        kernels_of<ProductTable, T>().combine(l.signals() + l.k * start + at - start, l.k, length,
+                                              l.starts()[row + 1] - at, u + example * l.k * r, r,
+                                              live, false, own + at - from);
+      }
+      // A block of units at a time, that stays in the first cache while all the rows reach it.
+      for (std::int64_t j = 0; j < r; ++j, own += live) {
+        T* tile = tiles.get() + (task * r + j) * tile_size;
+        std::int64_t next[LiveLayer<T>::block];  // of what is left of each row
+        for (std::int64_t row = begin; row < end; ++row) next[row - begin] = l.starts()[row] - from;
+        for (std::int64_t g = 0; g < l.groups; ++g)
+          for (std::int64_t b = 0; b < l.unit_blocks(); ++b) {
+            const std::int64_t* begins = l.row_begins(g, b) + begin;
+            T* of_block = tile + (g * l.outputs + b * l.block) * l.block;
+            std::fill_n(of_block, std::min(l.block, l.outputs - b * l.block) * l.block, T(0));
+            for (std::int64_t i = 0; i < end - begin; ++i) {
+              const T* values = own + next[i];
+              next[i] += begins[i + 1] - begins[i];
+              for (std::int64_t e = begins[i]; e < begins[i + 1]; ++e)
+                of_block[l.units_of_rows()[e] * l.block + i] = *values++;
             }
-        }
+          }
       }
     });
 
@@ -314,8 +309,7 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
       for (std::int64_t i = 0; i < count; ++i) {
         const LiveRows<T> x = rows_of(i);
         kernel.pack(vectors, x.data, x.stride, x.rows, size, panel);
-        kernel.sums(vectors, panel, l.unit_begins(first + i) + g * l.outputs + begin,
-                    l.rows_of_units(), end - begin,
+        kernel.sums(vectors, panel, l.rows_of_units(first + i) + g * l.outputs + begin, end - begin,
                     tiles.get() + (i * r + j) * tile_size + (g * l.outputs + begin) * l.block, sums,
                     i + 1 < count ? rows_of(i + 1) : LiveRows<T>{});
       }

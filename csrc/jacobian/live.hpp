@@ -52,19 +52,19 @@ class LiveLayer {
     return row_begins_.get() + (group * unit_blocks() + unit_block) * rows();
   }
   const std::uint8_t* units_of_rows() const { return row_entries_.get(); }
-  // The rows of a block in which each of the G·O units is live, as places in the block.
-  const std::int64_t* unit_begins(std::int64_t row_block) const {
-    return unit_begins_.get() + row_block * units();
+  // The rows of a block in which each of the G·O units is live, a bit for each.
+  const std::uint64_t* rows_of_units(std::int64_t row_block) const {
+    return rows_of_units_.get() + row_block * units();
   }
-  const std::uint8_t* rows_of_units() const { return unit_entries_.get(); }
 
  private:
   LiveLayer() = default;
   void count(const View<const T, 5>& signals, std::int64_t row_block, std::uint8_t* live);
   void fill(const View<const T, 5>& signals, std::int64_t row_block, const std::uint8_t* live);
 
-  Scratch<std::int64_t> starts_, row_begins_, unit_begins_;
-  Scratch<std::uint8_t> row_entries_, unit_entries_;
+  Scratch<std::int64_t> starts_, row_begins_;
+  Scratch<std::uint8_t> row_entries_;
+  Scratch<std::uint64_t> rows_of_units_;
   Scratch<T> signals_;
 };
 

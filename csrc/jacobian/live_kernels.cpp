@@ -89,24 +89,55 @@ struct Live {
     }
   }
 
-  template <int C>
-  static void sums(const T* panel, const std::int64_t* begins, const std::uint8_t* entries,
-                   std::int64_t units, const T* w, T* out, LiveRows<T> ahead) {
-    for (std::int64_t unit = 0; unit < units; ++unit, w += block, out += C * width) {
-      fetch<C>(ahead, unit);
-      Vec acc[C];
+  // sum[i] += Σ_e w[i][e] panel[e] of N units over the same rows e, each of which is loaded once.
+  template <int C, int N>
+  static JACPOT_INLINE void add_rows(std::uint64_t rows, const T* panel, const T* w,
+                                     Vec (*sum)[C]) {
+    for (; rows; rows &= rows - 1) {
+      const int e = __builtin_ctzll(rows);
+      const T* row = panel + e * (C * width);
+      Vec b[N];
+#pragma GCC unroll 2
+      for (int i = 0; i < N; ++i) b[i] = V::broadcast(w[i * block + e]);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[c] = V::load(out + c * width);
-      const std::uint8_t* end = entries + begins[unit + 1];
-      for (const std::uint8_t* e = entries + begins[unit]; e < end; ++e) {
-        const T* row = panel + *e * std::int64_t{C * width};
-        const Vec b = V::broadcast(w[*e]);
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) acc[c] = V::fma(b, V::load(row + c * width), acc[c]);
+      for (int c = 0; c < C; ++c) {
+        Vec x = V::load(row + c * width);
+        if constexpr (N > 1) S::keep(x);
+#pragma GCC unroll 2
+        for (int i = 0; i < N; ++i) sum[i][c] = V::fma(b[i], x, sum[i][c]);
       }
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) V::store(out + c * width, acc[c]);
     }
+  }
+
+  // Sums of N units. Two share the loads, of which there is one for each product otherwise, in the
+  // rows in which both are live; where there are registers for it.
+  template <int C, int N>
+  static JACPOT_INLINE void sums_of(const T* panel, const std::uint64_t* rows, const T* w, T* out) {
+    Vec sum[N][C];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[i][c] = V::load(out + (i * C + c) * width);
+    const std::uint64_t all = N == 2 ? rows[0] & rows[N - 1] : 0;
+    if constexpr (N == 2) add_rows<C, 2>(all, panel, w, sum);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) add_rows<C, 1>(rows[i] & ~all, panel, w + i * block, sum + i);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) V::store(out + (i * C + c) * width, sum[i][c]);
+  }
+
+  template <int C>
+  static void sums(const T* panel, const std::uint64_t* rows, std::int64_t units, const T* w,
+                   T* out, LiveRows<T> ahead) {
+    constexpr int at_once = JACPOT_VECTOR_BYTES == 64 ? 2 : 1;
+    std::int64_t unit = 0;
+    for (; unit + at_once <= units; unit += at_once) {
+      for (int i = 0; i < at_once; ++i) fetch<C>(ahead, unit + i);
+      sums_of<C, at_once>(panel, rows + unit, w + unit * block, out + unit * C * width);
+    }
+    if (unit < units) sums_of<C, 1>(panel, rows + unit, w + unit * block, out + unit * C * width);
   }
 
   template <int C = most>
@@ -120,13 +151,12 @@ struct Live {
       dots_by<C - 1>(vectors, panel, begins, entries, rows, x, stride, size, at, z, ahead);
   }
   template <int C = most>
-  static void sums_by(std::int64_t vectors, const T* panel, const std::int64_t* begins,
-                      const std::uint8_t* entries, std::int64_t units, const T* w, T* out,
-                      LiveRows<T> ahead) {
+  static void sums_by(std::int64_t vectors, const T* panel, const std::uint64_t* rows,
+                      std::int64_t units, const T* w, T* out, LiveRows<T> ahead) {
     if (vectors == C)
-      sums<C>(panel, begins, entries, units, w, out, ahead);
+      sums<C>(panel, rows, units, w, out, ahead);
     else if constexpr (C > 1)
-      sums_by<C - 1>(vectors, panel, begins, entries, units, w, out, ahead);
+      sums_by<C - 1>(vectors, panel, rows, units, w, out, ahead);
   }
 
   static constexpr LiveKernels<T> kernels() { return {width, &pack, &dots_by<>, &sums_by<>}; }

@@ -8,7 +8,7 @@
 namespace jacpot {
 
 // Rows of activations, or units of V, that a panel holds: it fills most of a first cache of 32 KB,
-// and a place in it is a byte.
+// a place in it is a byte, and a set of them 64 bits.
 inline constexpr std::int64_t live_block = 64;
 
 // Rows that a panel is made of, or that meet it. Those wanted next are asked for from memory while
@@ -31,11 +31,10 @@ struct LiveKernels {
   void (*dots)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
                const std::uint8_t* entries, std::int64_t rows, const T* x, std::int64_t stride,
                std::int64_t size, const std::int64_t* at, T* z, LiveRows<T> ahead);
-  // out[unit] += Σ_e w[unit, e] panel[e] over the unit's entries e; w (units, block), out (units,
-  // vectors · width)
-  void (*sums)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
-               const std::uint8_t* entries, std::int64_t units, const T* w, T* out,
-               LiveRows<T> ahead);
+  // out[unit] += Σ_e w[unit, e] panel[e] over the unit's rows e, those whose bit is set;
+  // w (units, block), out (units, vectors · width)
+  void (*sums)(std::int64_t vectors, const T* panel, const std::uint64_t* rows, std::int64_t units,
+               const T* w, T* out, LiveRows<T> ahead);
 };
 
 struct LiveTable {
