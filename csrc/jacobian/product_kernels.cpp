@@ -1,3 +1,4 @@
+#include "common/register_tile.hpp"
 #include "common/simd.hpp"
 #include "jacobian/products.hpp"
 #include "jacobian/transpose.hpp"
@@ -239,38 +240,20 @@ struct Products {
 #endif
   }
 
-  // A register tile of R signals (broadcast) and V vectors of activations, over all positions.
+  // R signals and as many vectors of activations, over all positions.
   template <int R, int Vectors>
   static void sum_tile(const T* signal, std::int64_t signal_step, const T* activation,
                        std::int64_t activation_step, std::int64_t positions, T* out,
                        std::int64_t out_step, std::int64_t columns) {
-    Vec acc[R][Vectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-      for (int j = 0; j < Vectors; ++j) acc[r][j] = V::zero();
-    for (std::int64_t t = 0; t < positions;
-         ++t, signal += signal_step, activation += activation_step) {
-      Vec a[Vectors];
-#pragma GCC unroll 3
-      for (int j = 0; j < Vectors; ++j) a[j] = V::load(activation + j * width);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec b = V::broadcast(signal[r]);
-#pragma GCC unroll 3
-        for (int j = 0; j < Vectors; ++j) acc[r][j] = V::fma(b, a[j], acc[r][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-      for (int j = 0; j < Vectors; ++j) {
-        T* to = out + r * out_step + j * width;
-        if (const std::int64_t left = columns - j * width; left >= width)
-          V::store(to, acc[r][j]);
-        else
-          V::store_first(to, acc[r][j], left);
-      }
+    RegisterTile<T, R, Vectors> tile;
+    tile.add(signal, signal_step, activation, activation_step, positions);
+    tile.each([=](Vec sum, int r, int j) {
+      T* to = out + r * out_step + j * width;
+      if (const std::int64_t left = columns - j * width; left >= width)
+        V::store(to, sum);
+      else
+        V::store_first(to, sum, left);
+    });
   }
 
   template <int R, int Vectors>
