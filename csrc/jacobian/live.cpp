@@ -13,6 +13,7 @@ namespace {
 constexpr Status no_memory{Code::out_of_memory, "not enough memory for the products"};
 constexpr std::int64_t sums_bytes = 16 << 20;  // of Σ_k u_k δ_k between the two halves of Jᵀu
 constexpr std::int64_t most_rows = 256, fewest_rows = 64;  // for which a panel of V is packed
+constexpr std::int64_t fetched_bytes = 512 << 10;  // of these rows' signals, half of a second cache
 
 // The columns of panels: all inputs in parts of whole vectors that differ by one at most.
 struct Columns {
@@ -151,7 +152,9 @@ Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int thread
   const Columns columns(l.inputs, kernel.width, kernel.most_vectors);
   const std::int64_t width = l.groups * l.inputs;
   // Whole examples, as many as make packing cheap and are shared out evenly.
-  const std::int64_t wanted = std::clamp(most_rows / r, fewest_rows, most_rows);
+  const std::int64_t of_signals = ceil_div(l.size() * l.k * std::int64_t{sizeof(T)}, l.rows());
+  const std::int64_t wanted =
+      std::clamp(std::min(most_rows / r, fetched_bytes / of_signals), fewest_rows, most_rows);
   const std::int64_t tasks = std::min(l.n, ceil_div(ceil_div(l.rows(), wanted), threads) * threads);
   std::int64_t widest = 0, tallest = ceil_div(l.n, tasks) * l.positions;
   const auto first_row = [&](std::int64_t task) { return task * l.n / tasks * l.positions; };
@@ -199,13 +202,19 @@ Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int thread
                          g = panel_index / r / l.unit_blocks();
       return LiveRows<T>{
           v + j * l.parameters() + (g * l.outputs + b * l.block) * l.inputs + columns.begin(part),
-          l.inputs, std::min(l.block, l.outputs - b * l.block)};
+          l.inputs, std::min(l.block, l.outputs - b * l.block), columns.size(part)};
     };
     const auto seen = [&](std::int64_t part, std::int64_t g) {
       return LiveRows<T>{l.activations + first * width + g * l.inputs + columns.begin(part), width,
-                         end - first};
+                         end - first, columns.size(part)};
     };
     const std::int64_t panels_of_part = l.groups * l.unit_blocks() * r;
+    // The signals come while the last of the products are computed.
+    const auto share_of_signals = [&](std::int64_t panel_index) {
+      const std::int64_t share = ceil_div(l.k * count, panels_of_part * (end - first));
+      return LiveRows<T>{l.signals() + l.k * starts[0] + panel_index * (end - first) * share, share,
+                         end - first, share};
+    };
     for (std::int64_t part = 0; part < columns.parts; ++part) {
       go_to_start();
       for (std::int64_t i = 0; i < panels_of_part; ++i) {
@@ -215,9 +224,10 @@ Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int thread
         const LiveRows<T> ahead = i + 1 < panels_of_part     ? of_weight(part, i + 1)
                                   : part + 1 < columns.parts ? seen(part + 1, 0)
                                                              : LiveRows<T>{};
-        kernel.pack(vectors, from.data, from.stride, from.rows, columns.size(part), panel);
-        kernel.dots(vectors, panel, l.row_begins(g, b) + first, l.units_of_rows(), x.rows, x.data,
-                    x.stride, columns.size(part), at, z + j * count, ahead);
+        const LiveRows<T> later = part + 1 < columns.parts ? LiveRows<T>{} : share_of_signals(i);
+        kernel.pack(vectors, from, panel);
+        kernel.dots(vectors, panel, l.row_begins(g, b) + first, l.units_of_rows(), x, at,
+                    z + j * count, ahead, later);
         if (j + 1 == r) pass(l.row_begins(g, b) + first);
       }
     }
@@ -304,11 +314,11 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
       const auto rows_of = [&](std::int64_t i) {
         const std::int64_t row = (first + i) * l.block;
         return LiveRows<T>{l.activations + row * width + g * l.inputs + columns.begin(part), width,
-                           std::min(l.block, l.rows() - row)};
+                           std::min(l.block, l.rows() - row), size};
       };
       for (std::int64_t i = 0; i < count; ++i) {
         const LiveRows<T> x = rows_of(i);
-        kernel.pack(vectors, x.data, x.stride, x.rows, size, panel);
+        kernel.pack(vectors, x, panel);
         kernel.sums(vectors, panel, l.rows_of_units(first + i) + g * l.outputs + begin, end - begin,
                     tiles.get() + (i * r + j) * tile_size + (g * l.outputs + begin) * l.block, sums,
                     i + 1 < count ? rows_of(i + 1) : LiveRows<T>{});

@@ -21,19 +21,18 @@ struct Live {
     return left > 0 ? V::load_first(p, left) : V::zero();
   }
 
-  static void pack(std::int64_t vectors, const T* from, std::int64_t stride, std::int64_t rows,
-                   std::int64_t size, T* panel) {
-    for (std::int64_t row = 0; row < rows; ++row, from += stride)
+  static void pack(std::int64_t vectors, const LiveRows<T>& from, T* panel) {
+    const T* row = from.data;
+    for (std::int64_t i = 0; i < from.rows; ++i, row += from.stride)
       for (std::int64_t c = 0; c < vectors; ++c, panel += width)
-        V::store(panel, load_part(from + c * width, size - c * width));
+        V::store(panel, load_part(row + c * width, from.size - c * width));
   }
 
-  template <int C>
   static JACPOT_INLINE void fetch(const LiveRows<T>& ahead, std::int64_t row) {
     constexpr int line = 64 / static_cast<int>(sizeof(T));
-    if (row < ahead.rows)
-      for (int i = 0; i < C * width; i += line)
-        __builtin_prefetch(ahead.data + row * ahead.stride + i, 0, 2);
+    if (row >= ahead.rows) return;
+    const T* from = ahead.data + row * ahead.stride;
+    for (std::int64_t i = 0; i < ahead.size; i += line) __builtin_prefetch(from + i, 0, 2);
   }
 
   // z[r] += ⟨x, panel[entries[r]]⟩ for R entries, up to `lane`.
@@ -62,18 +61,20 @@ struct Live {
 
   template <int C>
   static void dots(const T* panel, const std::int64_t* begins, const std::uint8_t* entries,
-                   std::int64_t rows, const T* x, std::int64_t stride, std::int64_t size,
-                   const std::int64_t* at, T* z, LiveRows<T> ahead) {
-    const bool whole = size == C * width;
-    for (std::int64_t row = 0; row < rows; ++row, x += stride) {
-      fetch<C>(ahead, row);
+                   const LiveRows<T>& x, const std::int64_t* at, T* z, const LiveRows<T>& ahead,
+                   const LiveRows<T>& later) {
+    const bool whole = x.size == C * width;
+    for (std::int64_t row = 0; row < x.rows; ++row) {
+      fetch(ahead, row);
+      fetch(later, row);
+      const T* from = x.data + row * x.stride;
       Vec held[C];
       if (whole) {
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) held[c] = V::load(x + c * width);
+        for (int c = 0; c < C; ++c) held[c] = V::load(from + c * width);
       } else {
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) held[c] = load_part(x + c * width, size - c * width);
+        for (int c = 0; c < C; ++c) held[c] = load_part(from + c * width, x.size - c * width);
       }
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) S::keep(held[c]);
@@ -130,11 +131,11 @@ struct Live {
 
   template <int C>
   static void sums(const T* panel, const std::uint64_t* rows, std::int64_t units, const T* w,
-                   T* out, LiveRows<T> ahead) {
+                   T* out, const LiveRows<T>& ahead) {
     constexpr int at_once = JACPOT_VECTOR_BYTES == 64 ? 2 : 1;
     std::int64_t unit = 0;
     for (; unit + at_once <= units; unit += at_once) {
-      for (int i = 0; i < at_once; ++i) fetch<C>(ahead, unit + i);
+      for (int i = 0; i < at_once; ++i) fetch(ahead, unit + i);
       sums_of<C, at_once>(panel, rows + unit, w + unit * block, out + unit * C * width);
     }
     if (unit < units) sums_of<C, 1>(panel, rows + unit, w + unit * block, out + unit * C * width);
@@ -142,17 +143,16 @@ struct Live {
 
   template <int C = most>
   static void dots_by(std::int64_t vectors, const T* panel, const std::int64_t* begins,
-                      const std::uint8_t* entries, std::int64_t rows, const T* x,
-                      std::int64_t stride, std::int64_t size, const std::int64_t* at, T* z,
-                      LiveRows<T> ahead) {
+                      const std::uint8_t* entries, const LiveRows<T>& x, const std::int64_t* at,
+                      T* z, const LiveRows<T>& ahead, const LiveRows<T>& later) {
     if (vectors == C)
-      dots<C>(panel, begins, entries, rows, x, stride, size, at, z, ahead);
+      dots<C>(panel, begins, entries, x, at, z, ahead, later);
     else if constexpr (C > 1)
-      dots_by<C - 1>(vectors, panel, begins, entries, rows, x, stride, size, at, z, ahead);
+      dots_by<C - 1>(vectors, panel, begins, entries, x, at, z, ahead, later);
   }
   template <int C = most>
   static void sums_by(std::int64_t vectors, const T* panel, const std::uint64_t* rows,
-                      std::int64_t units, const T* w, T* out, LiveRows<T> ahead) {
+                      std::int64_t units, const T* w, T* out, const LiveRows<T>& ahead) {
     if (vectors == C)
       sums<C>(panel, rows, units, w, out, ahead);
     else if constexpr (C > 1)

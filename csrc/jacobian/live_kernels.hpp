@@ -11,12 +11,12 @@ namespace jacpot {
 // a place in it is a byte, and a set of them 64 bits.
 inline constexpr std::int64_t live_block = 64;
 
-// Rows that a panel is made of, or that meet it. Those wanted next are asked for from memory while
-// others are worked on, one row for each.
+// Rows of `size` elements: those that a panel is made of, or that meet it. Some are asked for from
+// memory while others are worked on, one or two rows for each.
 template <class T>
 struct LiveRows {
   const T* data;
-  std::int64_t stride, rows;
+  std::int64_t stride, rows, size;
 };
 
 template <class T>
@@ -24,17 +24,16 @@ struct LiveKernels {
   static constexpr std::int64_t most_vectors = 8;  // of a panel's columns
   std::int64_t width;                              // of a vector
 
-  // panel (rows, vectors · width) = rows of `size` elements, and zeros
-  void (*pack)(std::int64_t vectors, const T* from, std::int64_t stride, std::int64_t rows,
-               std::int64_t size, T* panel);
-  // z[at[row] + i] += ⟨x[row], panel[entries[begins[row] + i]]⟩ for rows of `size` elements
+  // panel (rows, vectors · width) = rows, and zeros
+  void (*pack)(std::int64_t vectors, const LiveRows<T>& from, T* panel);
+  // z[at[row] + i] += ⟨x[row], panel[entries[begins[row] + i]]⟩
   void (*dots)(std::int64_t vectors, const T* panel, const std::int64_t* begins,
-               const std::uint8_t* entries, std::int64_t rows, const T* x, std::int64_t stride,
-               std::int64_t size, const std::int64_t* at, T* z, LiveRows<T> ahead);
+               const std::uint8_t* entries, const LiveRows<T>& x, const std::int64_t* at, T* z,
+               const LiveRows<T>& ahead, const LiveRows<T>& later);
   // out[unit] += Σ_e w[unit, e] panel[e] over the unit's rows e, those whose bit is set;
   // w (units, block), out (units, vectors · width)
   void (*sums)(std::int64_t vectors, const T* panel, const std::uint64_t* rows, std::int64_t units,
-               const T* w, T* out, LiveRows<T> ahead);
+               const T* w, T* out, const LiveRows<T>& ahead);
 };
 
 struct LiveTable {
