@@ -43,6 +43,8 @@ __all__: list[str] = [
     "masked_conv2d_backward",
     "masked_matmul",
     "masked_matmul_backward",
+    "max_pool",
+    "max_pool_backward",
     "prefer_huge_pages",
     "return_free_memory",
     "set_blas_fallback",
@@ -412,6 +414,51 @@ def masked_matmul_backward(
     d_values: typing.Any,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def max_pool(
+    x: typing.Any,
+    out: typing.Any,
+    taps: typing.Any,
+    behind_relu: bool,
+    kernel: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    stride: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    padding: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    dilation: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Pools, and tells which tap was largest.
+    """
+
+def max_pool_backward(
+    signals: typing.Any,
+    taps: typing.Any,
+    out: typing.Any,
+    kernel: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    stride: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    padding: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    dilation: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(2)"
+    ],
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Takes signals back through a max pooling.
+    """
+
 def prefer_huge_pages(out: typing.Any) -> None:
     """
     Asks for huge pages under an array that is about to be written.

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jacpot.ops import convolution_layer
 from jacpot.ops.convolution_layer import Geometry
+from jacpot.ops.relu import relu
 
 BOUND = {torch.float32: 5e-5, torch.float64: 1e-13}
 
@@ -126,7 +127,7 @@ def test_conv2d_is_differentiated_as_torchs(options, k, n, dtype):
         back = torch.func.vmap(lambda one: torch.autograd.grad(y, x, one, retain_graph=True)[0])
         return y, back(cotangents), torch.autograd.grad(y, x, cotangents[0])[0]
 
-    ours = pulled_back(convolution_layer.conv2d, convolution_layer.relu)
+    ours = pulled_back(convolution_layer.conv2d, relu)
     for actual, expected in zip(ours, pulled_back(F.conv2d, F.relu), strict=True):
         assert_close(actual, expected, dtype)
 
@@ -141,7 +142,7 @@ def test_what_a_relu_gave_may_go_several_ways():
         total = conv2d(z, weight, padding=1).square() + z.sin() + y
         return torch.autograd.grad(total.sum(), x)[0]
 
-    ours = gradient(convolution_layer.conv2d, convolution_layer.relu)
+    ours = gradient(convolution_layer.conv2d, relu)
     assert_close(ours, gradient(F.conv2d, F.relu), torch.float64)
 
 
@@ -155,7 +156,7 @@ def test_what_a_relu_had_may_be_written_to():
         y.mul_(-3)
         return torch.autograd.grad((conv2d(z, weight, padding=1) + y).square().sum(), x)[0]
 
-    ours = gradient(convolution_layer.conv2d, convolution_layer.relu)
+    ours = gradient(convolution_layer.conv2d, relu)
     assert_close(ours, gradient(F.conv2d, F.relu), torch.float64)
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jacpot import _backend
+from jacpot.ops.relu import ahead_of_relu
 from jacpot.ops.transforms import is_forward_mode, is_transformed
 
-__all__ = ["Geometry", "backward", "conv2d", "relu"]
+__all__ = ["Geometry", "backward", "conv2d"]
 
 FEWEST_CHANNELS = 8  # that fill vectors
 FEWEST_TILES = 64  # of 4 x 4, in all images, that make up for what filtering does to the weight
@@ -124,19 +124,10 @@ def conv2d(
         pads = around[0] // 2, around[1] // 2
     else:
         pads = (0, 0) if padding == "valid" else _pair(padding)
-    before, seen = input, None
-    node: Any = input.grad_fn
-    if getattr(node, "_forward_cls", None) is _Relu and node.version == node.before._version:
-        before, seen = node.before, input.detach()
+    before = ahead_of_relu(input)
+    before, seen = (input, None) if before is None else (before, input.detach())
     geometry = Geometry(_pair(stride), pads, dilations)
     return _Convolution.apply(before, seen, weight, bias, geometry)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.relu`, through which `conv2d` takes signals back with its own."""
-    if inplace or is_transformed() or is_forward_mode() or not input.requires_grad:
-        return F.relu(input, inplace)
-    return _Relu.apply(input)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -159,22 +150,6 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> boo
         and not is_transformed()
         and not is_forward_mode()
     )
-
-
-class _Relu(torch.autograd.Function):
-    """Keeps what it was given, so that the graph can lead there without it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.before, ctx.version = x, x._version
-        y = torch.relu(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, signals: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(signals, y, 0)  # type: ignore[no-any-return]
 
 
 class _Convolution(torch.autograd.Function):

@@ -17,11 +17,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from jacpot.nn.worn import Masked
-from jacpot.ops.convolution_layer import conv2d, relu
+from jacpot.ops.convolution_layer import conv2d
 from jacpot.ops.linear_layer import linear
+from jacpot.ops.max_pool import max_pool2d
 from jacpot.ops.normalisation_layer import batch_norm
+from jacpot.ops.relu import relu
 from jacpot.tangent.network import Inputs, Network, tensors
-from jacpot.tangent.pooling import max_pool2d
 from jacpot.tangent.rules import RULES, LayerRule
 from jacpot.tangent.rules.recurrent import unrolled
 
