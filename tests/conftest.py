@@ -94,6 +94,7 @@ def _pretend(request: pytest.FixtureRequest) -> PretendGpu:
     for name in ("Stream", "stream", "current_stream"):
         patch.setattr(torch.cuda, name, getattr(pretend_streams, name))
     patch.setattr(torch.cuda, "CUDAGraph", _refuse)
+    patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
     memory = SimpleNamespace(total_memory=8 << 30)
     patch.setattr(torch.cuda, "get_device_properties", lambda device=0: memory)
     threads = torch.get_num_threads()

@@ -40,7 +40,7 @@ def build(name):
     return net.double(), x
 
 
-@pytest.mark.filterwarnings("ignore:.*has no layer rule", "ignore:.*jit", "ignore:.*cuDNN")
+@pytest.mark.filterwarnings("ignore:.*has no layer rule", "ignore:.*jit")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_jacobian(name, gpu, request):
     if name in NOT_PRETENDED and "pretended" in request.node.callspec.id:

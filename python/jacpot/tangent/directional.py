@@ -44,8 +44,11 @@ def along(
     value, derivative : Tensor
         Both differentiable in ``change`` and ``x``.
     """
+    recording = torch.is_grad_enabled()
     try:
-        value, derivative = jvp(lambda p: function(p, x), (point,), (change,))  # type: ignore[misc]
+        # In inference mode PyTorch 2.11 gives derivatives of zero, without a word.
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            value, derivative = jvp(lambda p: function(p, x), (point,), (change,))  # type: ignore[misc]
         return value, derivative
     except RuntimeError:  # of many kinds; what is wrong with the network is so the other way too
         return _twice_back(function, point, change, x)
