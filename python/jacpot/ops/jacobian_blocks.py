@@ -65,7 +65,7 @@ def _row_offsets(pattern: KeptWeights, device: torch.device) -> Tensor:
     block = getattr(pattern, "block", None)
     known: Tensor | None = None if block is None else _known.get(block)
     if known is None or known.device != device:
-        known = torch.as_tensor(pattern.row_offsets).to(device, torch.int64)
+        known = torch.as_tensor(pattern.row_offsets, device=device).to(torch.int64)
         if block is not None:
             settle(known)
             _known[block] = known
@@ -183,7 +183,7 @@ class Factors(OfSignals):
         """Input of each kept weight, int32."""
         if self.pattern is None:
             raise RuntimeError("a block without a pattern has no column indices")
-        return torch.as_tensor(self.pattern.column_indices).to(self.device, torch.int32)
+        return torch.as_tensor(self.pattern.column_indices, device=self.device).to(torch.int32)
 
     @cached_property
     def operands(self) -> tuple[Tensor, Tensor]:

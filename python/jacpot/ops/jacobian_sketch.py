@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -91,7 +92,7 @@ def sketch(
     if kind not in ("rademacher", "sparse"):
         raise ValueError(f"argument 'kind' must be 'rademacher' or 'sparse', got {kind!r}")
     if offsets is None:
-        ends = torch.tensor([b.n_parameters for b in blocks]).cumsum(0).tolist()
+        ends = list(accumulate(b.n_parameters for b in blocks))
         offsets = [0, *ends[:-1]]
     if orders is None:
         orders = [None] * len(blocks)

@@ -100,7 +100,11 @@ class Windows:
             signals = signals.contiguous()
         x = self.x.contiguous()
         places, offsets = _layout(
-            x[0, : x.shape[1] // self.groups].shape, self.kernel, self.stride, self.dilation
+            x[0, : x.shape[1] // self.groups].shape,
+            self.kernel,
+            self.stride,
+            self.dilation,
+            x.device,
         )
         run = self.kernel[-1] if self.dilation[-1] == 1 else 1  # elements next to each other
         kernels(out).jacobian_window_rows(
@@ -127,7 +131,7 @@ def _layout(
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
-    device: torch.device | None = None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Where in an example ``(C, *spatial)`` each window begins, and its elements from there on."""
     channels, *spatial = shape

@@ -80,8 +80,8 @@ def subset_sum(samples: Any, targets: Any) -> SubsetSum:
     for name, array in (("samples", x), ("targets", y)):
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"argument {name!r} must be finite")
-    subsets = torch.empty(len(x), dtype=torch.int64)
-    sums = torch.empty(len(x), dtype=torch.float64)
+    subsets = torch.empty(len(x), dtype=torch.int64, device="cpu")
+    sums = torch.empty(len(x), dtype=torch.float64, device="cpu")
     _backend.core.subset_sum(x, y, subsets, sums, _backend.threads())
-    mask = ((subsets[:, None] >> torch.arange(x.shape[1])) & 1).bool()
+    mask = ((subsets[:, None] >> torch.arange(x.shape[1], device="cpu")) & 1).bool()
     return SubsetSum(as_kind(mask, kind), as_kind(sums, kind))

@@ -92,13 +92,13 @@ def train_steps(
     optimizer = torch.optim.Adam(trainable, lr=recipe.learning_rate, fused=True)
     x, count = parts.train.x, len(parts.train)
     size = min(recipe.batch_size, count)
-    order = torch.empty(0, dtype=torch.int64)
+    order = torch.empty(0, dtype=torch.int64, device="cpu")
     best = (float("inf"), start, 0.0)
     tail = torch.zeros((), device=x.device)
     for step in range(start + 1, last + 1):
         module.train()
         if len(order) < size:
-            order = torch.randperm(count)
+            order = torch.randperm(count, device="cpu")
         rows, order = order[:size].to(x.device), order[size:]
         loss = _loss(module(x[rows]), parts.train, rows)
         optimizer.zero_grad()

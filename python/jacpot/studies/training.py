@@ -121,7 +121,7 @@ def train(
     validation_loss = [best_loss]
     for epoch in range(1, recipe.max_epochs + 1):
         total = torch.zeros((), device=x.device)
-        permutation = torch.randperm(len(x), generator=order).to(x.device)
+        permutation = torch.randperm(len(x), generator=order, device="cpu").to(x.device)
         for rows in torch.split(permutation, recipe.batch_size):
             loss = (network(x[rows]) - targets[rows]).square().sum() / 2
             optimizer.zero_grad()

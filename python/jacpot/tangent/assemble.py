@@ -280,13 +280,13 @@ def _layout(
         return weight.pattern, None
     g, o, i = weight.shape
     # rank among the kept elements, -1 for the others; where the block has each element
-    rank = torch.arange(g * o * i)
+    rank = torch.arange(g * o * i, device="cpu")
     if column.kept is not None:
         kept = column.kept.cpu()
         if weight.pattern is not None:  # of the elements that there are at all
             kept = weight.pattern.mask().flatten().nonzero().squeeze(1).cpu()[kept]
-        rank = torch.full((g * o * i,), -1)
-        rank[kept] = torch.arange(len(kept))
+        rank = torch.full((g * o * i,), -1, device="cpu")
+        rank[kept] = torch.arange(len(kept), device="cpu")
     if weight.transposed:
         rank = rank.view(g, i, o).transpose(1, 2).flatten()
     order = rank[rank >= 0] if weight.transposed else None

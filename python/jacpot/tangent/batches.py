@@ -37,7 +37,7 @@ class Batches:
             raise ValueError(f"argument 'batch_size' must be at least 1, got {size}")
         self._n, self._generator, self._grow = n, generator, size == "auto"
         self._size = n if size is None else FIRST // 2 if size == "auto" else min(size, n)
-        self._order, self._at = torch.empty(0, dtype=torch.int64), 0
+        self._order, self._at = torch.empty(0, dtype=torch.int64, device="cpu"), 0
         self.double()
 
     @property
@@ -62,7 +62,10 @@ class Batches:
         if self.whole:
             return slice(None)
         if self._at + self._size > len(self._order):
-            self._order, self._at = torch.randperm(self._n, generator=self._generator), 0
+            self._order, self._at = (
+                torch.randperm(self._n, generator=self._generator, device="cpu"),
+                0,
+            )
         self._at += self._size
         return self._order[self._at - self._size : self._at]
 
@@ -97,8 +100,8 @@ def sample(sizes: Tensor, count: int, generator: torch.Generator) -> tuple[slice
     # As long as the largest that is left takes more than a whole one of the places left.
     certain = int((falling[:count] * places > rest[:count]).sum())
     chances = (sizes * ((count - certain) / rest[certain])).clamp_max(1)
-    order = torch.randperm(n, generator=generator).to(sizes.device)
-    start = float(torch.rand(1, generator=generator))
+    order = torch.randperm(n, generator=generator, device="cpu").to(sizes.device)
+    start = float(torch.rand(1, generator=generator, device="cpu"))
     ends = (chances[order].cumsum(0) + start).floor()
     chosen = order[ends > torch.cat([ends.new_zeros(1), ends[:-1]])]
     return chosen, len(chosen) / (n * chances[chosen])

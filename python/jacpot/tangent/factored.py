@@ -313,11 +313,11 @@ class Jacobian:
         """
 
         def forward(v: NDArray[Any]) -> NDArray[Any]:
-            product = self @ torch.as_tensor(v).to(self.dtype)
+            product = self @ torch.as_tensor(v, device="cpu").to(self.dtype)
             return product.reshape(self.shape[0], *v.shape[1:]).numpy()
 
         def backward(u: NDArray[Any]) -> NDArray[Any]:
-            columns = torch.as_tensor(u).to(self.dtype)
+            columns = torch.as_tensor(u, device="cpu").to(self.dtype)
             return (self.T @ columns.reshape(*self.outputs.shape, *u.shape[1:])).numpy()
 
         return scipy.sparse.linalg.LinearOperator(

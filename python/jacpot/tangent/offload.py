@@ -42,7 +42,7 @@ class HostCopies:
         count = tensor.numel()
         buffer = self._buffers.pop() if self._buffers else None
         if buffer is None or buffer.numel() < count or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(count, dtype=tensor.dtype, pin_memory=True)
+            buffer = torch.empty(count, dtype=tensor.dtype, device="cpu", pin_memory=True)
         copy = buffer[:count].view(tensor.shape)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):

@@ -65,8 +65,8 @@ class Piece:
             return Piece(column, Rows(self.rows().rows[:, :, chosen].contiguous()), None)
         g, o, i = self.block.shape
         dense_block = self.block.pattern is None
-        places = torch.arange(g * o * i) if dense_block else self.block.kept.cpu()
-        mask = torch.zeros(g * o * i, dtype=torch.bool)
+        places = torch.arange(g * o * i, device="cpu") if dense_block else self.block.kept.cpu()
+        mask = torch.zeros(g * o * i, dtype=torch.bool, device="cpu")
         mask[places[chosen.cpu()]] = True
         block = dataclasses.replace(self.block, pattern=Pattern(mask.view(g * o, i)))
         order = None if self.order is None else self.elements[chosen].argsort().argsort()
@@ -112,7 +112,7 @@ def in_common(left: Sequence[Piece], right: Sequence[Piece]) -> tuple[list[Block
         if piece.column.name not in others:
             continue
         other = others[piece.column.name]
-        wanted = torch.zeros(piece.column.shape.numel(), dtype=torch.int8)
+        wanted = torch.zeros(piece.column.shape.numel(), dtype=torch.int8, device="cpu")
         wanted[piece.elements.cpu()] += 1
         wanted[other.elements.cpu()] += 1
         both = (wanted == 2).to(piece.block.device)

@@ -154,7 +154,7 @@ def _tried(network: Network, x: Inputs, targets: Any) -> Probe:
     def batch(rows: list[int]) -> tuple[Any, Any]:
         if n == 0:
             return stand_in(x, size), stand_in(targets, size)
-        index = torch.tensor(rows) % n
+        index = torch.tensor(rows, device="cpu") % n
         return take(x, index), take(targets, index)
 
     recorder = Recorder(network, leaves)

@@ -70,7 +70,7 @@ class QuadraticModel:
         self._directions = self.gradient.new_empty(len(self.gradient), 0)  # orthonormal
         self._images = root.new_empty(self.operator.shape[0], 0)  # under J
         self._curvature = root.new_empty(0, 0)  # of B
-        sample = torch.randperm(self.n, generator=generator)[:SAMPLE].to(root.device)
+        sample = torch.randperm(self.n, generator=generator, device="cpu")[:SAMPLE].to(root.device)
         part = JacobianOperator(self.operator.at(sample), len(sample), columns.n_outputs)
         self._sample = part.mixed(root[sample])
 
@@ -167,6 +167,7 @@ class QuadraticModel:
     def _weigh(self, damping: float) -> tuple[Tensor, float]:
         slopes, curvature = self._directions.T @ self.gradient, self._curvature
         weights = -torch.linalg.solve(
-            curvature + damping * torch.eye(len(slopes)).to(slopes), slopes
+            curvature + damping * torch.eye(len(slopes), dtype=slopes.dtype, device=slopes.device),
+            slopes,
         )
         return weights, -float(slopes @ weights + 0.5 * weights @ (curvature @ weights))

@@ -95,7 +95,8 @@ class Spectrum:
         """Ridges worth trying: from the noise to the largest eigenvalue, evenly in logarithm."""
         top = float(self.values[-1]) if len(self.values) else 1.0
         low = max(self.noise, 1e-10 * top) or 1e-10
-        return torch.logspace(math.log10(low), math.log10(top or 1.0), count, dtype=torch.float64)
+        first, last = math.log10(low), math.log10(top or 1.0)
+        return torch.logspace(first, last, count, dtype=torch.float64, device="cpu")
 
     def best(self, criterion: str, ridges: Sequence[float] | None, k: int) -> float:
         """Give the ridge above zero that minimises ``"gcv"``, ``"loo"`` or minus ``"evidence"``."""

@@ -146,7 +146,7 @@ def _is_writeable(out: Tensor) -> bool:
 
 
 def _numpy_dtype(dtype: torch.dtype) -> numpy.dtype[Any]:
-    return torch.empty(0, dtype=dtype).numpy().dtype
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
 
 def _npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Any:

@@ -93,7 +93,7 @@ class MultigraphLinear(nn.Module):
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
         exponents, chosen = powers_of_two(torch.cat([weight, bias[:, None]], dim=1), bits)
         powers = [math.ldexp(1.0, e) for e in exponents]
-        edges = torch.tensor([*powers, *(-p for p in powers)], dtype=weight.dtype)
+        edges = torch.tensor([*powers, *(-p for p in powers)], dtype=weight.dtype, device="cpu")
         self.register_buffer("edges", edges.to(weight.device))
         self.register_buffer("mask", chosen.flatten(0, 1))
 

@@ -230,7 +230,9 @@ def _best(score: Tensor, allowed: Tensor, count: int) -> Tensor:
 
 
 def _joined(flat: Scores) -> Tensor:
-    return torch.cat(list(flat.values())) if flat else torch.empty(0, dtype=torch.bool)
+    return (
+        torch.cat(list(flat.values())) if flat else torch.empty(0, dtype=torch.bool, device="cpu")
+    )
 
 
 def _split(kept: Tensor, flat: Scores) -> dict[str, Tensor]:

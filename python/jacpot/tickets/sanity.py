@@ -89,7 +89,10 @@ def random_mask(mask: Mapping[str, Tensor], seed: int = 0) -> Mask:
     """
     layout = mask if isinstance(mask, Mask) else Mask(mask)
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(kept.shape, generator=generator) for name, kept in layout.items()}
+    scores = {
+        name: torch.rand(kept.shape, generator=generator, device="cpu")
+        for name, kept in layout.items()
+    }
     return prune(scores, layout.densities, allow_empty=True)
 
 

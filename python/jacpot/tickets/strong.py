@@ -42,9 +42,9 @@ class RandomPair(nn.Module):
         self, n_in: int, n_out: int, samples: int, nonnegative: bool, scale: float, like: Tensor
     ) -> None:
         super().__init__()
-        u = torch.rand(n_in + 1, samples * (1 if nonnegative else 2))
+        u = torch.rand(n_in + 1, samples * (1 if nonnegative else 2), device="cpu")
         u[:, samples:] *= -1
-        v = (torch.rand(n_out, n_in + 1, u.shape[1]) * 2 - 1) * scale
+        v = (torch.rand(n_out, n_in + 1, u.shape[1], device="cpu") * 2 - 1) * scale
         self.first = nn.Parameter(u.to(like), requires_grad=False)
         self.second = nn.Parameter(v.to(like), requires_grad=False)
 
@@ -211,7 +211,7 @@ def _choose(pair: RandomPair, wanted: Tensor, samples: int) -> tuple[Tensor, Ten
     """Masks of both layers, and the error of each weight, the larger of its two signs'."""
     n_out, n_in = wanted.shape
     products = pair.second * pair.first.abs()  # (out, in, hidden)
-    second = torch.zeros(products.shape, dtype=torch.bool)
+    second = torch.zeros(products.shape, dtype=torch.bool, device="cpu")
     errors = wanted.new_zeros((n_out, n_in), dtype=torch.float64)
     rows = max(_CHUNK // max(n_in, 1), 1)
     # -relu(-x) passes the negative inputs, so the second half has to sum to minus the weight.

@@ -62,7 +62,7 @@ class TraceKernel(Preconditioner):
         jacobian = operator.jacobian
         k = jacobian.n_outputs
         kernel = _trace(jacobian).div_(k)
-        weights, directions = torch.ones(1, dtype=kernel.dtype), None
+        weights, directions = torch.ones(1, dtype=kernel.dtype, device="cpu"), None
         if self.coupled and k > 1:
             weights, directions = _output_covariance(operator)
         factors = [_cholesky(kernel, float(weight), damping) for weight in weights]

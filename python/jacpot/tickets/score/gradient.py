@@ -113,7 +113,7 @@ def grasp(
         worn = {name: torch.where(chosen[name], w, 0) for name, w in scored.items()}
         value = _loss(module, x, y, loss, worn)
         first = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
-        flow = sum(((g * g.detach()).sum() for g in first), start=torch.zeros(()))
+        flow = sum(((g * g.detach()).sum() for g in first), start=torch.zeros((), device="cpu"))
         if flow.requires_grad:
             second = torch.autograd.grad(flow, weights, materialize_grads=True)
         else:  # a loss linear in the weights has no curvature

@@ -137,8 +137,8 @@ def rebuild(
             elif kept == "reinitialised":
                 values = fresh[name].detach()
             elif kept == "shuffled":
-                order = torch.randperm(int(on.sum()), generator=generator).to(weight.device)
+                order = torch.randperm(int(on.sum()), generator=generator, device="cpu")
                 values[on] = weight[on][order]
             others = {"zero": 0.0, "initial": weight, "mean": weight.mean()}[pruned]
-            weight.copy_(torch.where(on, values, torch.as_tensor(others, dtype=weight.dtype)))
+            weight.copy_(torch.where(on, values, torch.as_tensor(others).to(weight)))
     return result
