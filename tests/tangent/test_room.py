@@ -1,6 +1,8 @@
 """Rows of parts of the examples that are put where those of all examples go."""
 
 import importlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +66,36 @@ def test_the_result_does_not_depend_on_the_parts(budget, monkeypatch):
     found = jacpot.jacobian(net, x, memory_budget=budget).dense()
     expected = torch.cat([jacpot.jacobian(net, x[i : i + 1]).dense() for i in range(7)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+class Scaled(nn.Module):
+    """A parameter that no rule covers, of large signals."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64, 1, 1))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def of_this_process(field):
+    """A field of this process' memory, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+@pytest.mark.filterwarnings("ignore:Scaled")
+def test_the_memory_of_parts_does_not_add_up():
+    """Not even in holes between the few numbers that are kept of each."""
+    peak = Path("/proc/self/clear_refs")
+    if not os.access(peak, os.W_OK):
+        pytest.skip("the system does not count this process' memory anew")
+    layers = nn.Conv2d(3, 64, 3, padding=1), Scaled(), nn.Tanh(), nn.AdaptiveAvgPool2d(1)
+    net, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10)), torch.randn(96, 3, 32, 32)
+    jacpot.jacobian(net, x[:2], memory_budget=1 << 24)
+    peak.write_text("5")
+    before = of_this_process("VmRSS")
+    J = jacpot.jacobian(net, x, memory_budget=1 << 24)
+    assert J.nbytes < 8 << 20
+    assert of_this_process("VmHWM") - before < 48  # all parts together take more than 500

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from jacpot.tangent.capture import capture
 from jacpot.tangent.course import Deviates
 from jacpot.tangent.factored import Jacobian
 from jacpot.tangent.joined import joined
-from jacpot.tangent.network import Inputs, Network, Output, recording, take, tensors
+from jacpot.tangent.network import Inputs, Network, Output, n_examples, recording, take, tensors
 from jacpot.tangent.probe import forget, probe
 
 __all__ = ["Jacobian", "JacobianSource", "jacobian"]
@@ -154,10 +154,10 @@ class JacobianSource:
             if examples is not None:
                 x, targets = take(x, examples), take(targets, examples)
             try:
-                return joined(self._parts(x, targets))
+                return joined(self._parts(x, targets), n_examples(x))
             except Deviates:  # the module is not what it was when it was last called
                 self.renew(x, targets)
-                return joined(self._parts(x, targets))
+                return joined(self._parts(x, targets), n_examples(x))
 
     def renew(self, x: Inputs, targets: Any = None) -> None:
         """Learn from examples alone how the network uses its parameters."""
@@ -165,10 +165,10 @@ class JacobianSource:
             forget(self.network)
             self.probe = probe(self.network, x, targets)
 
-    def _parts(self, x: Inputs, targets: Any) -> list[Jacobian]:
-        parts = []
+    def _parts(self, x: Inputs, targets: Any) -> Iterator[Jacobian]:
         for part in capture(self.network, x, targets, self.probe, self.memory_budget):
             blocks, orders = assemble(part.terms, self.columns, part.outputs, self._patterns)
-            shape = self.network.output_shape
-            parts.append(Jacobian(part.outputs, blocks, self.columns, orders, shape))
-        return parts
+            outputs, shape = part.outputs, self.network.output_shape
+            del part  # or it would be there still while the next is made
+            yield Jacobian(outputs, blocks, self.columns, orders, shape)
+            del outputs, blocks
