@@ -59,6 +59,21 @@ def by_cupy(weight: Any) -> Callable[[Any], Any] | None:
     return lambda x: torch.from_dlpack(csr @ cupy.from_dlpack(x.T)).T
 
 
+def able(contenders: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """Leave out, and name, peers that refuse a dtype: figures of the others still come."""
+    left = {}
+    for name, call in contenders.items():
+        try:
+            call()
+        except RuntimeError as error:
+            if name == "jacpot":
+                raise
+            print(f"{name} is left out: {str(error).splitlines()[0]}", flush=True)
+        else:
+            left[name] = call
+    return left
+
+
 def sparse_products(report: Report, device: str, small: bool, timing: dict[str, Any]) -> None:
     sizes = [(64, 128)] if small else [(4096, 1024), (8192, 2048)]
     dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
@@ -83,14 +98,16 @@ def sparse_products(report: Report, device: str, small: bool, timing: dict[str, 
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), error
         report.compare(
             f"forward {width}, N={n}, {zeros:.0%} zeros, {dtype}",
-            {
-                "jacpot": lambda x=x, v=values, p=pattern: jacpot.masked_matmul(
-                    x(), v, p, method="sparse"
-                ),
-                "dense": lambda x=x, w=dense: x() @ w.T,
-                "sparse CSR": lambda x=x, w=csr: (w @ x().T).T,
-                **({"CuPy CSR": lambda x=x, f=cusparse: f(x())} if cusparse else {}),
-            },
+            able(
+                {
+                    "jacpot": lambda x=x, v=values, p=pattern: jacpot.masked_matmul(
+                        x(), v, p, method="sparse"
+                    ),
+                    "dense": lambda x=x, w=dense: x() @ w.T,
+                    "sparse CSR": lambda x=x, w=csr: (w @ x().T).T,
+                    **({"CuPy CSR": lambda x=x, f=cusparse: f(x())} if cusparse else {}),
+                }
+            ),
             agree=None,  # inputs take turns
             flops=2 * kept,
             **timing,
