@@ -63,9 +63,10 @@ def test_products(problem, columns, name):
 
 
 def test_that_few_units_are_on_is_asked_for():
-    a, s = torch.randn(100, 1, 1, 5), torch.randn(100, 3, 1, 1, 8)
+    a, s = torch.randn(100, 1, 1, 5), torch.randn(100, 3, 1, 1, 20)
     assert ops.Factors(a, s).live is None
-    s[..., :4] = 0
+    assert ops.Factors(a, s[..., :8]).live is not None
+    s[..., :10] = 0
     live = ops.Factors(a, s).live
     assert s.nbytes // 2 < live.nbytes < s.nbytes
     assert ops.Factors(a[:10], s[:10]).live is None

@@ -35,6 +35,7 @@ PANEL_BYTES = 64 << 20  # rows are generated in panels of about this size
 # most this part of them is on, of at least so many rows that share a panel of the weight.
 MOST_LIVE = 0.7
 FEWEST_ROWS = 64
+FEW_UNITS = 16  # up to here a BLAS is slower even at a layer that is on everywhere
 
 
 class KeptWeights(Protocol):
@@ -209,9 +210,9 @@ class Factors(OfSignals):
         if self.pattern is not None or self.device.type != "cpu" or rows < FEWEST_ROWS:
             return None
         activations = self.activations.contiguous()
-        return core.jacobian_live_factors(
-            (activations, self.signals), self.bias, MOST_LIVE, threads()
-        )
+        few_units = self.n_positions == 1 and self.shape[0] * self.shape[1] <= FEW_UNITS
+        most = 1.0 if few_units else MOST_LIVE
+        return core.jacobian_live_factors((activations, self.signals), self.bias, most, threads())
 
     @cached_property
     def strided(self) -> tuple[Tensor, Tensor]:
