@@ -2,7 +2,8 @@ import copy
 import itertools
 import os
 import pickle
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,25 +218,37 @@ def test_pruned_nan_is_zero():
     assert layer.weight[0, 0] == 0
 
 
-def test_distributed_data_parallel(tmp_path):
+def train_in_parallel(store):
+    """Train a pruned network in a process group of this process alone, and check its zeros."""
     import torch.distributed as dist
 
-    if not dist.is_available():
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    net = make_net()
+    mask = half_mask(net)
+    parallel = nn.parallel.DistributedDataParallel(tickets.apply(net, mask))
+    step(parallel, torch.optim.Adam(parallel.parameters(), 0.1))
+    assert_pruned_are_zero(net, mask)
+
+
+def test_distributed_data_parallel(tmp_path):
+    if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        net = make_net()
-        mask = half_mask(net)
-        parallel = nn.parallel.DistributedDataParallel(tickets.apply(net, mask))
-        optimizer = torch.optim.Adam(parallel.parameters(), 0.1)
-        step(parallel, optimizer)
-        assert_pruned_are_zero(net, mask)
-    finally:
-        # The group joins its threads with the GIL held, and deadlocks where one that has not yet
-        # dropped its work waits for the GIL: they get it meanwhile.
-        time.sleep(0.2)
-        dist.destroy_process_group()
+    # A process of its own, which ends without destroying the group: that joins threads with the
+    # GIL held, for which one of them may be waiting.
+    script = """
+import os, sys
+from test_parametrization import train_in_parallel
+train_in_parallel(sys.argv[1])
+os._exit(0)
+"""
+    environment = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+    }
+    command = [sys.executable, "-c", script, str(tmp_path / "store")]
+    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_refusals():
