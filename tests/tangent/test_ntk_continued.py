@@ -51,9 +51,10 @@ def test_it_continues_from_the_blocks_that_are_finished(outputs, tmp_path, monke
 def test_a_process_that_ends_halfway_is_continued(how, tmp_path):
     path, journal = tmp_path / "k.npy", tmp_path / "k.npy.jacpot-journal"
     script = f"""
-import sys, jacpot
+import signal, sys, jacpot
 from jacpot.tangent import journal
 from streams import Ending, examples
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 if {how!r} == "SIGKILL":
     journal.FLUSH_SECONDS = 0  # nothing is recorded on the way out
 x = examples(8)
