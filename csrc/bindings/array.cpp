@@ -160,7 +160,13 @@ bool Array::read_exchange(py::handle object) {
   return true;
 }
 
-void Array::read_dlpack(py::handle object) {
+void Array::read_dlpack(py::handle given) {
+  // Kernels know nothing of gradients, and PyTorch exports a tensor that requires one only through
+  // its exchange interface.
+  const bool of_gradients =
+      py::getattr(given, "requires_grad", py::bool_(false)).equal(py::bool_(true));
+  const auto object =
+      of_gradients ? given.attr("detach")() : py::reinterpret_borrow<py::object>(given);
   // The kernel goes to the stream that the array is used on already: nobody has to wait (-1).
   bool on_cuda = false;
   if (py::hasattr(object, "__dlpack_device__")) {

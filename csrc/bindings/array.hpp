@@ -106,7 +106,7 @@ class Array {
  private:
   void read_buffer(py::handle object, Access access);
   bool read_exchange(py::handle object);
-  void read_dlpack(py::handle object);
+  void read_dlpack(py::handle given);
   void take(const dlpack::Tensor& tensor);
   [[noreturn]] void fail_rank(int rank) const;
 

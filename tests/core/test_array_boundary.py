@@ -116,6 +116,24 @@ def test_any_dlpack_object_is_taken():
     assert seen["stride"] == (1, 3)
 
 
+class Parameter(DLPackOnly):
+    """A tensor of a PyTorch that has no exchange interface."""
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.tensor.requires_grad
+
+    def detach(self) -> DLPackOnly:
+        return DLPackOnly(self.tensor.detach())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_tensor_is_read_whether_or_not_it_requires_a_gradient(requires_grad):
+    tensor = torch.ones(3, requires_grad=requires_grad)
+    assert core.describe_array(Parameter(tensor))["pointer"] == tensor.data_ptr()
+    assert core.describe_array(tensor)["pointer"] == tensor.data_ptr()
+
+
 class _DLPack:
     """The start of DLPack's managed tensor, for a tensor that is on no device we have."""
 
