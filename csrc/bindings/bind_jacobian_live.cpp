@@ -8,22 +8,27 @@ namespace jacpot {
 namespace {
 
 // Factors without the units that are off, or None where more than `most` of them are not.
-py::object live_factors(const py::tuple& pair, bool bias, double most, int threads) {
+py::object live_factors(const py::tuple& pair, const py::object& row_offsets,
+                        const py::object& columns, bool bias, double most, int threads) {
   const Factors factors(pair, Device{});
   factors.activations.expect_contiguous();
   return dispatch_float(factors.activations, [&]<class T>() -> py::object {
     const auto signals = factors.signals.view<const T, 5>();
     const T* activations = factors.activations.contiguous_data<const T>();
+    const std::int64_t* offsets = nullptr;
+    const std::int32_t* indices = nullptr;
+    read_kept(row_offsets, columns, factors.signals.shape(3) * factors.signals.shape(4), offsets,
+              indices);
     std::optional<LiveLayer<T>> layer;
     Status status;
     {
       const py::gil_scoped_release release;
-      status = LiveLayer<T>::make(signals, activations, factors.activations.shape(3), bias, most,
-                                  checked_threads(threads), layer);
+      status = LiveLayer<T>::make(signals, activations, factors.activations.shape(3), offsets,
+                                  indices, bias, most, checked_threads(threads), layer);
     }
     raise_if_failed(status, "live_factors");
     if (!layer) return py::none();
-    return py::cast(LiveFactors{pair[0], std::move(*layer)});
+    return py::cast(LiveFactors{pair[0], row_offsets, columns, std::move(*layer)});
   });
 }
 
@@ -76,7 +81,8 @@ void bind_jacobian_live(py::module_& m) {
            "Adds the product of the layer's Jacobian with vectors.")
       .def("vjp", &vjp_of_live, py::arg("u"), py::arg("out"), py::arg("threads"),
            "The product of the layer's transposed Jacobian with vectors.");
-  m.def("jacobian_live_factors", &live_factors, py::arg("factors"), py::arg("bias"),
+  m.def("jacobian_live_factors", &live_factors, py::arg("factors"),
+        py::arg("row_offsets").none(true), py::arg("columns").none(true), py::arg("bias"),
         py::arg("most"), py::arg("threads"),
         "Factors without the units that are off; None where more than `most` of them are not.");
 }

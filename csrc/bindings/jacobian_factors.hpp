@@ -45,6 +45,15 @@ struct Factors {
   }
 };
 
+// Kept weights of `rows` rows, where they are not None.
+inline void read_kept(const py::handle& row_offsets, const py::handle& columns, std::int64_t rows,
+                      const std::int64_t*& offsets, const std::int32_t*& indices) {
+  if (row_offsets.is_none()) return;
+  offsets =
+      Array(row_offsets, "row_offsets").expect_shape({rows + 1}).contiguous_data<std::int64_t>();
+  indices = Array(columns, "columns").contiguous_data<std::int32_t>();
+}
+
 // A layer for the products: activations contiguous, signals contiguous from their positions on.
 template <class T>
 ProductLayer<T> product_layer(const Factors& f, const py::handle& row_offsets,
@@ -74,12 +83,7 @@ ProductLayer<T> product_layer(const Factors& f, const py::handle& row_offsets,
   layer.signals = static_cast<const T*>(f.signals.data());
   layer.signals_example = f.signals.stride(0);
   layer.signals_output = f.signals.stride(1);
-  if (!row_offsets.is_none()) {
-    const Array offsets(row_offsets, "row_offsets"), indices(columns, "columns");
-    layer.row_offsets = offsets.expect_shape({layer.groups * layer.outputs + 1})
-                            .template contiguous_data<std::int64_t>();
-    layer.columns = indices.contiguous_data<std::int32_t>();
-  }
+  read_kept(row_offsets, columns, layer.groups * layer.outputs, layer.row_offsets, layer.columns);
   layer.bias = bias;
   layer.squared = squared;
   return layer;

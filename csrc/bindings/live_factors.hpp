@@ -9,7 +9,7 @@
 namespace jacpot {
 
 struct LiveFactors {
-  py::object activations;  // kept alive
+  py::object activations, row_offsets, columns;  // kept alive
   std::variant<LiveLayer<float>, LiveLayer<double>> layer;
 
   // Refuses layers of another type.

@@ -5,12 +5,13 @@
 #include <type_traits>
 
 #include "common/parallel.hpp"
+#include "jacobian/live_signals.hpp"
 #include "jacobian/products.hpp"
+#include "jacobian/sparse_products.hpp"
 
 namespace jacpot {
 namespace {
 
-constexpr Status no_memory{Code::out_of_memory, "not enough memory for the products"};
 constexpr std::int64_t sums_bytes = 16 << 20;  // of Σ_k u_k δ_k between the two halves of Jᵀu
 constexpr std::int64_t most_rows = 256, fewest_rows = 64;  // for which a panel of V is packed
 constexpr std::int64_t fetched_bytes = 512 << 10;  // of these rows' signals, half of a second cache
@@ -108,7 +109,8 @@ void LiveLayer<T>::fill(const View<const T, 5>& signals, std::int64_t row_block,
 
 template <class T>
 Status LiveLayer<T>::make(View<const T, 5> signals, const T* activations, std::int64_t inputs,
-                          bool bias, double most, int threads, std::optional<LiveLayer>& out) {
+                          const std::int64_t* row_offsets, const std::int32_t* columns, bool bias,
+                          double most, int threads, std::optional<LiveLayer>& out) {
   LiveLayer l;
   l.n = signals.shape[0];
   l.k = signals.shape[1];
@@ -117,13 +119,15 @@ Status LiveLayer<T>::make(View<const T, 5> signals, const T* activations, std::i
   l.outputs = signals.shape[4];
   l.inputs = inputs;
   l.activations = activations;
+  l.row_offsets = row_offsets;
+  l.columns = columns;
   l.bias = bias;
   const std::int64_t rows = l.rows(), of_rows = l.groups * l.unit_blocks() * rows;
   l.starts_ = allocate_scratch<std::int64_t>(rows + 1);
   l.row_begins_ = allocate_scratch<std::int64_t>(of_rows + 1);
   l.rows_of_units_ = allocate_scratch<std::uint64_t>(l.row_blocks() * l.units());
   const auto live = allocate_scratch<std::uint8_t>(rows * l.units());
-  if (!l.starts_ || !l.row_begins_ || !l.rows_of_units_ || !live) return no_memory;
+  if (!l.starts_ || !l.row_begins_ || !l.rows_of_units_ || !live) return no_memory_for_products;
   parallel_for(threads, l.row_blocks(),
                [&](std::int64_t row_block) { l.count(signals, row_block, live.get()); });
   add_up(l.starts_.get(), rows);
@@ -132,7 +136,7 @@ Status LiveLayer<T>::make(View<const T, 5> signals, const T* activations, std::i
   if (static_cast<double>(total) > most * static_cast<double>(rows * l.units())) return {};
   l.row_entries_ = allocate_scratch<std::uint8_t>(total);
   l.signals_ = allocate_scratch<T>(l.k * total);
-  if (!l.row_entries_ || !l.signals_) return no_memory;
+  if (!l.row_entries_ || !l.signals_) return no_memory_for_products;
   parallel_for(threads, l.row_blocks(),
                [&](std::int64_t row_block) { l.fill(signals, row_block, live.get()); });
   out = std::move(l);
@@ -148,6 +152,7 @@ std::int64_t LiveLayer<T>::bytes() const {
 template <class T>
 Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
   if (l.size() == 0 || r == 0) return {};
+  if (l.row_offsets) return sparse_jvp(l, LiveSignals<T>{l}, v, r, out, threads);
   const auto& kernel = kernels_of<LiveTable, T>();
   const Columns columns(l.inputs, kernel.width, kernel.most_vectors);
   const std::int64_t width = l.groups * l.inputs;
@@ -164,7 +169,7 @@ Status jvp(const LiveLayer<T>& l, const T* v, std::int64_t r, T* out, int thread
   const auto panels = allocate_scratch<T>(threads * panel_size);
   const auto products = allocate_scratch<T>(threads * r * widest);
   const auto places = allocate_scratch<std::int64_t>(threads * tallest);
-  if (!panels || !products || !places) return no_memory;
+  if (!panels || !products || !places) return no_memory_for_products;
   for_workers(threads, tasks, [&](std::int64_t worker, std::int64_t task) {
     T* panel = panels.get() + worker * panel_size;
     T* z = products.get() + worker * r * widest;  // V a, (R, live)
@@ -248,6 +253,7 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
     std::fill_n(out, r * l.parameters(), T(0));
     return {};
   }
+  if (l.row_offsets) return sparse_vjp(l, LiveSignals<T>{l}, u, r, out, threads);
   const auto& kernel = kernels_of<LiveTable, T>();
   const Columns columns(l.inputs, kernel.width, kernel.most_vectors);
   const std::int64_t width = l.groups * l.inputs, units = l.units();
@@ -265,7 +271,7 @@ Status vjp(const LiveLayer<T>& l, const T* u, std::int64_t r, T* out, int thread
   const auto tiles = allocate_scratch<T>(at_once * r * tile_size);
   const auto combined = allocate_scratch<T>(threads * r * tile_size);
   const auto held = allocate_scratch<T>(threads * held_size);
-  if (!tiles || !combined || !held) return no_memory;
+  if (!tiles || !combined || !held) return no_memory_for_products;
 
   for (std::int64_t first = 0; first < l.row_blocks(); first += at_once) {
     const std::int64_t count = std::min(at_once, l.row_blocks() - first);

@@ -7,7 +7,8 @@
 //
 // V a is wanted at the live units alone, and Σ_k u_k δ_k has nothing elsewhere. Both are sums over
 // lists that belong to the examples, at which no BLAS helps: what they read lies in panels that
-// stay in the first cache, where a product is one load.
+// stay in the first cache, where a product is one load. Under a mask V a is sparse, and is computed
+// for all units: what is saved then is the reading of signals.
 #pragma once
 
 #include <cstdint>
@@ -26,17 +27,20 @@ class LiveLayer {
   static constexpr std::int64_t block = live_block;
 
   std::int64_t n, k, positions, groups, outputs, inputs;
-  const T* activations;  // (N, T, G, I), contiguous; not owned
+  const T* activations;             // (N, T, G, I), contiguous; not owned
+  const std::int64_t* row_offsets;  // kept weights of the G·O rows, or null for all; not owned
+  const std::int32_t* columns;
   bool bias;
 
   // Gives nothing where more than `most` of all units are live. Signals are (N, K, T, G, O).
   // A row is what the layer sees at one position of one example.
-  static Status make(View<const T, 5> signals, const T* activations, std::int64_t inputs, bool bias,
+  static Status make(View<const T, 5> signals, const T* activations, std::int64_t inputs,
+                     const std::int64_t* row_offsets, const std::int32_t* columns, bool bias,
                      double most, int threads, std::optional<LiveLayer>& out);
 
   std::int64_t rows() const { return n * positions; }
   std::int64_t units() const { return groups * outputs; }
-  std::int64_t weights() const { return units() * inputs; }
+  std::int64_t weights() const { return row_offsets ? row_offsets[units()] : units() * inputs; }
   std::int64_t parameters() const { return weights() + (bias ? units() : 0); }
   std::int64_t row_blocks() const { return (rows() + block - 1) / block; }
   std::int64_t unit_blocks() const { return (outputs + block - 1) / block; }  // of a group

@@ -1,17 +1,16 @@
 #include "jacobian/products.hpp"
 
 #include <algorithm>
-#include <atomic>
 
 #include "common/blas.hpp"
 #include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "jacobian/sparse_products.hpp"
 
 namespace jacpot {
 namespace {
 
-constexpr Status no_memory{Code::out_of_memory, "not enough memory for the products"};
 constexpr std::int64_t chunk_bytes = 2 << 20;  // of what lies between the two halves of a product
 constexpr std::int64_t gathered_bytes = 256 << 10;  // of activations, half an L2 cache or less
 
@@ -43,13 +42,6 @@ void for_examples(int threads, std::int64_t count, std::int64_t work, F&& body) 
   });
 }
 
-template <class T>
-void add_bias(const ProductLayer<T>& l, const T* bias, T* z) {
-  const std::int64_t units = l.groups * l.outputs;
-  for (std::int64_t t = 0; t < l.positions; ++t)
-    for (std::int64_t o = 0; o < units; ++o) z[t * units + o] += bias[o];
-}
-
 // to (R, columns, rows) = from (R, rows, columns), right-hand sides `stride` apart.
 template <class T>
 void turn(const ProductKernels<T>& kernel, const T* from, std::int64_t rows, std::int64_t columns,
@@ -58,122 +50,30 @@ void turn(const ProductKernels<T>& kernel, const T* from, std::int64_t rows, std
     kernel.pack(from + j * stride, columns, rows, columns, rows, to + j * stride);
 }
 
-// What a worker of a sparse product holds of a few examples: V a or Σ_k u_k δ_k, (R, examples,
-// T·G·O), which stays in its cache, and packed blocks of activations and of that.
+// Signals of all units, as sparse products meet them.
 template <class T>
-struct Worker {
-  std::int64_t length, examples, stride, turned_size, pack_size, size;
+struct AllSignals {
+  const ProductLayer<T>& l;
+  const ProductKernels<T>& kernel = kernels_of<ProductTable, T>();
+  const std::int64_t units = l.groups * l.outputs, length = l.positions * units;
 
-  Worker(const ProductLayer<T>& l, std::int64_t r, std::int64_t block)
-      : length(l.positions * l.groups * l.outputs),
-        examples(std::max<std::int64_t>(1, block / std::max<std::int64_t>(1, l.positions))),
-        stride(examples * length),
-        turned_size(l.positions_innermost ? r * stride : 0),
-        pack_size((l.inputs + l.outputs) * block),
-        size((r * stride + turned_size + pack_size + 63) / 64 * 64) {}
+  const T* data() const { return l.signals; }
+  std::int64_t begin(std::int64_t example) const { return example * l.signals_example; }
+  bool needs_room() const { return l.positions_innermost; }
+
+  void dot(std::int64_t example, const T* z, std::int64_t r, std::int64_t stride, T* turned,
+           T* out) const {
+    if (l.positions_innermost) turn(kernel, z, l.positions, units, r, stride, turned);
+    kernel.dot(l.signals + begin(example), l.k, l.signals_output, length,
+               l.positions_innermost ? turned : z, r, stride, l.squared, out);
+  }
+  void combine(std::int64_t example, const T* u, std::int64_t r, std::int64_t stride, T* turned,
+               T* w) const {
+    kernel.combine(l.signals + begin(example), l.k, l.signals_output, length, u, r, stride,
+                   l.squared, l.positions_innermost ? turned : w);
+    if (l.positions_innermost) turn(kernel, turned, units, l.positions, r, stride, w);
+  }
 };
-
-template <class T>
-Status sparse_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
-  const auto& kernel = kernels_of<ProductTable, T>();
-  const std::int64_t block = kernel.forward_block, units = l.groups * l.outputs,
-                     width = l.groups * l.inputs, parameters = l.parameters();
-  const Worker<T> held(l, r, block);
-  const Scratch<T> memory = allocate_scratch<T>(held.size * threads);
-  if (!memory) return no_memory;
-  std::atomic<std::int64_t> next{0};
-  parallel_for(threads, threads, [&](std::int64_t worker) {
-    T* z = memory.get() + worker * held.size;
-    T* turned = z + r * held.stride;
-    T* x = turned + held.turned_size;
-    for (std::int64_t first;
-         (first = next.fetch_add(held.examples, std::memory_order_relaxed)) < l.n;) {
-      const std::int64_t examples = std::min(held.examples, l.n - first);
-      const std::int64_t rows = examples * l.positions;
-      const T* from = l.activations + first * l.positions * width;
-      // Signals of all these examples, a part in each of the products before they are read.
-      const T* ahead = l.signals + first * l.signals_example;
-      const std::int64_t ahead_size =
-          examples * l.signals_example / (l.groups * ((rows + block - 1) / block));
-      for (std::int64_t g = 0; g < l.groups; ++g)
-        for (std::int64_t row = 0; row < rows; row += block) {
-          const std::int64_t count = std::min(block, rows - row);
-          kernel.pack(from + row * width + g * l.inputs, width, count, l.inputs, block, x);
-          for (std::int64_t j = 0; j < r; ++j)
-            kernel.multiply(x, l.row_offsets + g * l.outputs, l.columns, v + j * parameters,
-                            l.outputs, count, z + j * held.stride + row * units + g * l.outputs,
-                            units, x + l.inputs * block, ahead, j == 0 ? ahead_size : 0);
-          ahead += ahead_size;
-        }
-      for (std::int64_t i = 0; i < examples; ++i) {
-        T* own = z + i * held.length;
-        for (std::int64_t j = 0; l.bias && j < r; ++j)
-          add_bias(l, v + j * parameters + l.weights(), own + j * held.stride);
-        if (l.positions_innermost) {
-          turn(kernel, own, l.positions, units, r, held.stride, turned);
-          own = turned;
-        }
-        kernel.dot(l.signals + (first + i) * l.signals_example, l.k, l.signals_output, held.length,
-                   own, r, held.stride, l.squared, out + (first + i) * l.k * r);
-      }
-    }
-  });
-  return {};
-}
-
-template <class T>
-Status sparse_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int threads) {
-  const auto& kernel = kernels_of<ProductTable, T>();
-  const std::int64_t block = kernel.backward_block, units = l.groups * l.outputs,
-                     width = l.groups * l.inputs, parameters = l.parameters();
-  const Worker<T> held(l, r, block);
-  const Scratch<T> memory = allocate_scratch<T>(held.size * threads);
-  // Every worker adds into a copy of its own, always of the same examples: results repeat exactly.
-  const Scratch<T> partial = allocate_scratch<T>(r * parameters * threads);
-  if (!memory || !partial) return no_memory;
-  const std::int64_t each = (l.n + threads - 1) / threads;
-  parallel_for(threads, threads, [&](std::int64_t worker) {
-    T* w = memory.get() + worker * held.size;
-    T* turned = w + r * held.stride;
-    T* x = turned + held.turned_size;
-    T* w_packed = x + l.inputs * block;
-    T* sums = partial.get() + worker * r * parameters;
-    std::fill_n(sums, r * parameters, T(0));
-    const std::int64_t end = std::min(l.n, (worker + 1) * each);
-    for (std::int64_t first = worker * each; first < end; first += held.examples) {
-      const std::int64_t examples = std::min(held.examples, end - first);
-      const std::int64_t rows = examples * l.positions;
-      const T* from = l.activations + first * l.positions * width;
-      for (std::int64_t i = 0; i < examples; ++i) {
-        T* own = w + i * held.length;
-        kernel.combine(l.signals + (first + i) * l.signals_example, l.k, l.signals_output,
-                       held.length, u + (first + i) * l.k * r, r, held.stride, l.squared,
-                       l.positions_innermost ? turned : own);
-        if (l.positions_innermost) turn(kernel, turned, units, l.positions, r, held.stride, own);
-      }
-      for (std::int64_t g = 0; g < l.groups; ++g)
-        for (std::int64_t row = 0; row < rows; row += block) {
-          const std::int64_t count = std::min(block, rows - row);
-          kernel.pack(from + row * width + g * l.inputs, width, count, l.inputs, block, x);
-          for (std::int64_t j = 0; j < r; ++j) {
-            kernel.pack(w + j * held.stride + row * units + g * l.outputs, units, count, l.outputs,
-                        block, w_packed);
-            kernel.sample(w_packed, x, l.row_offsets + g * l.outputs, l.columns, l.outputs,
-                          sums + j * parameters);
-          }
-        }
-      for (std::int64_t j = 0; l.bias && j < r; ++j)
-        for (std::int64_t row = 0; row < rows; ++row)
-          for (std::int64_t o = 0; o < units; ++o)
-            sums[j * parameters + l.weights() + o] += w[j * held.stride + row * units + o];
-    }
-  });
-  std::copy_n(partial.get(), r * parameters, out);
-  for (std::int64_t worker = 1; worker < threads; ++worker)
-    for (std::int64_t e = 0; e < r * parameters; ++e)
-      out[e] += partial[worker * r * parameters + e];
-  return {};
-}
 
 template <class T>
 Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
@@ -181,7 +81,7 @@ Status dense_jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, i
   const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
                      parameters = l.parameters();
   Between<T> z(l, r);
-  if (z.failed()) return no_memory;
+  if (z.failed()) return no_memory_for_products;
   for (std::int64_t first = 0; first < l.n; first += z.examples) {
     const std::int64_t examples = std::min(z.examples, l.n - first), rows = examples * l.positions;
     const T* x = l.activations + first * l.positions * width;
@@ -215,7 +115,7 @@ Status dense_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, i
   const std::int64_t units = l.groups * l.outputs, width = l.groups * l.inputs,
                      parameters = l.parameters();
   Between<T> w(l, r);
-  if (w.failed()) return no_memory;
+  if (w.failed()) return no_memory_for_products;
   std::fill_n(out, r * parameters, T(0));
   for (std::int64_t first = 0; first < l.n; first += w.examples) {
     const std::int64_t examples = std::min(w.examples, l.n - first), rows = examples * l.positions;
@@ -254,7 +154,8 @@ Status dense_vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, i
 template <class T>
 Status jvp(const ProductLayer<T>& l, const T* v, std::int64_t r, T* out, int threads) {
   if (l.empty() || r == 0) return {};
-  return (l.row_offsets ? sparse_jvp<T> : dense_jvp<T>)(l, v, r, out, threads);
+  return l.row_offsets ? sparse_jvp(l, AllSignals<T>{l}, v, r, out, threads)
+                       : dense_jvp(l, v, r, out, threads);
 }
 
 template <class T>
@@ -263,7 +164,8 @@ Status vjp(const ProductLayer<T>& l, const T* u, std::int64_t r, T* out, int thr
     std::fill_n(out, r * l.parameters(), T(0));
     return {};
   }
-  return (l.row_offsets ? sparse_vjp<T> : dense_vjp<T>)(l, u, r, out, threads);
+  return l.row_offsets ? sparse_vjp(l, AllSignals<T>{l}, u, r, out, threads)
+                       : dense_vjp(l, u, r, out, threads);
 }
 
 template <class T>
@@ -285,7 +187,7 @@ Status generate_rows(const RowsLayer<T>& l, T* out, std::int64_t row_stride, int
   const std::int64_t held_size = gathered ? l.positions * padded + kernel.width : 0;
   const std::int64_t scratch_size = held_size + (turned ? l.positions * l.outputs : 0);
   const Scratch<T> scratch = allocate_scratch<T>(scratch_size * threads);
-  if (!scratch) return no_memory;
+  if (!scratch) return no_memory_for_products;
   advise_huge_pages(out, static_cast<std::size_t>(l.n * l.k * row_stride) * sizeof(T));
   std::atomic<std::int64_t> next{0};
   parallel_for(threads, threads, [&](std::int64_t worker) {

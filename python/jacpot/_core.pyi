@@ -246,6 +246,8 @@ def jacobian_jvp(
 
 def jacobian_live_factors(
     factors: tuple,
+    row_offsets: typing.Any,
+    columns: typing.Any,
     bias: bool,
     most: typing.SupportsFloat | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,

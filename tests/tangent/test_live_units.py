@@ -39,7 +39,7 @@ def products_of(module, x, mask=None):
     activation=st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.LeakyReLU, nn.Hardtanh]),
     k=st.integers(1, 3),
     n=st.sampled_from([1, 70]),
-    density=st.sampled_from([None, 0.0, 0.5]),
+    density=st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 2**31),
 )
 def test_chains(each_isa, widths, activation, k, n, density, seed):
@@ -50,7 +50,13 @@ def test_chains(each_isa, widths, activation, k, n, density, seed):
         layers += [nn.Linear(inputs, outputs), activation()]
     module = nn.Sequential(*layers[:-1]).double()
     x = torch.randn(n, 6, dtype=torch.float64)
-    mask = None if density is None else {"0.weight": torch.rand(sizes[1], 6) < density}
+    mask = None
+    if density is not None:
+        mask = {
+            name: torch.rand(p.shape) < density
+            for name, p in module.named_parameters()
+            if p.ndim == 2
+        }
     products_of(module, x, mask)
 
 
@@ -65,6 +71,21 @@ def test_convolutions_and_positions(each_isa):
     tokens = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)).double()
     j = products_of(tokens, torch.randn(5, 7, 20, dtype=torch.float64))
     assert j.blocks[0].n_positions == 7
+
+
+def test_masked_layers(each_isa):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)).double()
+    mask = {"0.weight": torch.rand(30, 20) < 0.2, "2.weight": torch.rand(3, 30) < 0.5}
+    j = products_of(module, torch.randn(70, 20, dtype=torch.float64), mask)
+    assert j.blocks[0].live is not None
+    assert j.blocks[1].live is None  # on everywhere
+    convolution = nn.Sequential(
+        nn.Conv2d(8, 16, 3, groups=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)
+    )
+    mask = {"0.weight": torch.rand(16, 4, 3, 3) < 0.3}
+    j = products_of(convolution.double(), torch.randn(9, 8, 5, 5, dtype=torch.float64), mask)
+    assert j.blocks[0].live is not None
 
 
 def test_weights_that_change_later_do_not_matter():

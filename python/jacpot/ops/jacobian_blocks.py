@@ -207,12 +207,13 @@ class Factors(OfSignals):
         left besides.
         """
         rows = self.n_examples * self.n_positions
-        if self.pattern is not None or self.device.type != "cpu" or rows < FEWEST_ROWS:
+        if self.device.type != "cpu" or rows < FEWEST_ROWS:
             return None
-        activations = self.activations.contiguous()
         few_units = self.n_positions == 1 and self.shape[0] * self.shape[1] <= FEW_UNITS
-        most = 1.0 if few_units else MOST_LIVE
-        return core.jacobian_live_factors((activations, self.signals), self.bias, most, threads())
+        most = 1.0 if few_units and self.pattern is None else MOST_LIVE
+        return core.jacobian_live_factors(
+            (self.activations.contiguous(), self.signals), *self.layout, self.bias, most, threads()
+        )
 
     @cached_property
     def strided(self) -> tuple[Tensor, Tensor]:
