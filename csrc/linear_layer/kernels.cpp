@@ -39,9 +39,14 @@ struct LinearLayer {
           V::store(packed, e < n ? load_part(x + e * stride + i, inputs - i) : V::zero());
   }
 
-  static void dots(const T* packed, std::int64_t n, std::int64_t inputs, const T* w,
-                   std::int64_t w_stride, std::int64_t count, const T* bias, T* y,
-                   std::int64_t y_stride) {
+  // Dots of `count` <= outputs rows. What comes after them, unless it is null, is fetched
+  // meanwhile, the same share of it in each tile of examples: only the first tile waits for memory,
+  // the others find the rows in cache.
+  static void dots_of(const T* packed, std::int64_t n, std::int64_t inputs, const T* w,
+                      std::int64_t w_stride, std::int64_t count, const T* next, const T* bias, T* y,
+                      std::int64_t y_stride) {
+    constexpr int line = 64 / static_cast<int>(sizeof(T));
+    const std::int64_t tiles = (n + examples - 1) / examples;
     const T* row[outputs];  // those beyond the last repeat it
     for (int o = 0; o < outputs; ++o) row[o] = w + (o < count ? o : count - 1) * w_stride;
     for (std::int64_t tile = 0; tile < n; tile += examples) {
@@ -58,8 +63,13 @@ struct LinearLayer {
           for (int o = 0; o < outputs; ++o) acc[e][o] = V::fma(a, b[o], acc[e][o]);
         }
       };
+      const std::int64_t begin = next ? tile / examples * outputs / tiles : 0;
+      const std::int64_t end = next ? (tile / examples + 1) * outputs / tiles : 0;
       std::int64_t i = 0;
       for (; i + width <= inputs; i += width) {
+        if (width == line || i % line == 0)
+          for (std::int64_t o = begin; o < end; ++o)
+            __builtin_prefetch(next + o * w_stride + i, 0, 2);
         Vec b[outputs];
 #pragma GCC unroll 6
         for (int o = 0; o < outputs; ++o) b[o] = V::load(row[o] + i);
@@ -77,6 +87,17 @@ struct LinearLayer {
         for (int o = 0; o < outputs; ++o)
           if (tile + e < n && o < count)
             y[(tile + e) * y_stride + o] = Shuffle<T>::sum(acc[e][o]) + (bias ? bias[o] : T(0));
+    }
+  }
+
+  static void dots(const T* packed, std::int64_t n, std::int64_t inputs, const T* w,
+                   std::int64_t w_stride, std::int64_t count, const T* bias, T* y,
+                   std::int64_t y_stride) {
+    for (std::int64_t o = 0; o < count; o += outputs) {
+      const std::int64_t left = count - o;
+      const T* const next = left >= 2 * outputs ? w + (o + outputs) * w_stride : nullptr;
+      dots_of(packed, n, inputs, w + o * w_stride, w_stride, left < outputs ? left : outputs, next,
+              bias ? bias + o : nullptr, y + o, y_stride);
     }
   }
 

@@ -13,7 +13,8 @@ struct LinearLayerKernels {
   // width), with zeros beyond the last example and input.
   std::int64_t width, examples;
   void (*pack)(const T* x, std::int64_t stride, std::int64_t n, std::int64_t inputs, T* packed);
-  // y[n, o] = ⟨x[n], w[o]⟩ + bias[o] of packed examples, for at most `outputs` rows of W.
+  // y[n, o] = ⟨x[n], w[o]⟩ + bias[o] of packed examples, for `count` rows of W, best a
+  // multiple of `outputs`.
   std::int64_t outputs;
   void (*dots)(const T* packed, std::int64_t n, std::int64_t inputs, const T* w,
                std::int64_t w_stride, std::int64_t count, const T* bias, T* y,

@@ -33,6 +33,14 @@ std::int64_t gather(const T* signals, std::int64_t k, std::int64_t stride, std::
   return c;
 }
 
+// Asks for rows of a matrix, `columns` of each, before they are read.
+template <class T>
+void fetch(const T* w, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t line = 64 / sizeof(T);
+  for (std::int64_t o = 0; o < rows; ++o, w += stride)
+    for (std::int64_t i = 0; i < columns; i += line) __builtin_prefetch(w + i, 0, 2);
+}
+
 // What of W an example meets, part by part: at most `part_rows` rows each.
 template <class T>
 struct Lists {
@@ -76,11 +84,14 @@ Status forward(View<const T, 2> x, View<const T, 2> weight, const T* bias, View<
                                           ceil_div(inputs, kernel.width) * kernel.width);
   if (!packed) return no_memory;
   kernel.pack(x.data, x.stride[0], n, inputs, packed.get());
-  parallel_for(threads, ceil_div(outputs, kernel.outputs), [&](std::int64_t task) {
-    const std::int64_t o = task * kernel.outputs;
+  // Rows of a task one after the other, which are fetched ahead, in tasks enough to share out.
+  const std::int64_t tiles =
+      std::clamp<std::int64_t>(outputs / (kernel.outputs * threads * 8), 1, 8);
+  const std::int64_t rows = tiles * kernel.outputs;
+  parallel_for(threads, ceil_div(outputs, rows), [&](std::int64_t task) {
+    const std::int64_t o = task * rows;
     kernel.dots(packed.get(), n, inputs, weight.data + o * weight.stride[0], weight.stride[0],
-                std::min(kernel.outputs, outputs - o), bias ? bias + o : nullptr, y.data + o,
-                y.stride[0]);
+                std::min(rows, outputs - o), bias ? bias + o : nullptr, y.data + o, y.stride[0]);
   });
   return {};
 }
@@ -113,7 +124,17 @@ Status backward(View<const T, 3> signals, View<const T, 2> weight, View<T, 3> ou
         all_values = allocate_scratch<T>(part_rows * k);
         if (!all_rows || !all_values) return starved.store(true);
       }
+      // While the examples meet this part, the next one comes: of this panel, or of the one that
+      // this thread is likely to take then.
+      const bool last = part + 1 == lists.parts;
+      const std::int64_t next = last ? 0 : part + 1, next_size = lists.size(next);
+      const std::int64_t next_column = last ? column + threads * kernel.panel : column;
+      const std::int64_t next_columns = std::min(kernel.panel, inputs - next_column);
+      const T* const ahead = weight.data + next * part_rows * weight.stride[0] + next_column;
       for (std::int64_t e = 0; e < n; ++e) {
+        const std::int64_t first = e * next_size / n;
+        fetch(ahead + first * weight.stride[0], weight.stride[0], (e + 1) * next_size / n - first,
+              next_columns);
         T* to = out.data + e * out.stride[0] + column;
         const std::int64_t at = lists.begin(e, part);
         if (finite) {

@@ -145,7 +145,7 @@ def _batched(
     if signals.stride(1) == 0 and signals.shape[1] > 1:  # the same for all examples
         return (signals[:, :1] @ weight).expand(-1, signals.shape[1], -1), 0
     one = signals[0]
-    zeros = one.numel() - int(one.count_nonzero())
+    zeros = one.numel() - int(one.bool().sum())
     if info.batch_size < SEVERAL_SIGNALS or zeros < MANY_ZEROS * one.numel():
         return signals @ weight, 0
     return backward(signals.transpose(0, 1), weight), 1
