@@ -6,19 +6,20 @@
 #include "common/scratch.hpp"
 
 namespace jacpot {
+
 template <class T>
 Status plain_signals(const PlainSignals<T>& l, int threads) {
   const auto& kernel = kernels_of<PlainSignalsTable, T>();
-  const std::int64_t panels = (l.inputs + kernel.columns - 1) / kernel.columns,
+  const std::int64_t panels = ceil_div(l.inputs, kernel.columns),
                      panel_size = l.taps() * l.outputs * kernel.columns,
-                     size = (kernel.scratch_size(l) + 63) / 64 * 64;
+                     size = ceil_div(kernel.scratch_size(l), 64) * 64;
   const Scratch<T> weight = allocate_resident<T>(panels * panel_size),
                    memory = allocate_resident<T>(size * threads);
   if (!weight || !memory) return {Code::out_of_memory, "not enough memory for a turned weight"};
   parallel_for(threads, panels, [&](std::int64_t panel) {
     kernel.turn_weight(l, panel, weight.get() + panel * panel_size);
   });
-  const std::int64_t step = l.rows_at_once(kernel.columns), parts = (l.size[0] + step - 1) / step;
+  const std::int64_t step = l.rows_at_once(kernel.columns), parts = ceil_div(l.size[0], step);
   std::atomic<std::int64_t> next{0};
   parallel_for(threads, threads, [&](std::int64_t worker) {
     for (std::int64_t task;

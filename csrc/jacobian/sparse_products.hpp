@@ -65,7 +65,7 @@ Status sparse_jvp(const Layer& l, const Signals& signals, const T* v, std::int64
       // Signals of all these examples, a part in each of the products before they are read.
       const T* ahead = signals.data() + signals.begin(first);
       const std::int64_t ahead_size = (signals.begin(first + examples) - signals.begin(first)) /
-                                      (l.groups * ((rows + block - 1) / block));
+                                      (l.groups * ceil_div(rows, block));
       for (std::int64_t g = 0; g < l.groups; ++g)
         for (std::int64_t row = 0; row < rows; row += block) {
           const std::int64_t count = std::min(block, rows - row);
@@ -99,7 +99,7 @@ Status sparse_vjp(const Layer& l, const Signals& signals, const T* u, std::int64
   // Every worker adds into a copy of its own, always of the same examples: results repeat exactly.
   const Scratch<T> partial = allocate_scratch<T>(r * parameters * threads);
   if (!memory || !partial) return no_memory_for_products;
-  const std::int64_t each = (l.n + threads - 1) / threads;
+  const std::int64_t each = ceil_div(l.n, threads);
   parallel_for(threads, threads, [&](std::int64_t worker) {
     T* w = memory.get() + worker * held.size;
     T* room = w + r * held.stride;

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jacpot import _backend
+from jacpot.ops.planes import pair, register_way_back
 from jacpot.ops.relu import ahead_of_relu
 from jacpot.ops.transforms import is_forward_mode, is_transformed
 
@@ -116,23 +117,18 @@ def conv2d(
     """`torch.nn.functional.conv2d`, with `backward` for the way back."""
     if not _is_ours(input, weight, bias, groups):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    dilations = _pair(dilation)
+    dilations = pair(dilation)
     if padding == "same":
         around = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
         if any(total % 2 for total in around):  # torch pads one end more than the other
             return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
         pads = around[0] // 2, around[1] // 2
     else:
-        pads = (0, 0) if padding == "valid" else _pair(padding)
+        pads = (0, 0) if padding == "valid" else pair(padding)
     before = ahead_of_relu(input)
     before, seen = (input, None) if before is None else (before, input.detach())
-    geometry = Geometry(_pair(stride), pads, dilations)
+    geometry = Geometry(pair(stride), pads, dilations)
     return _Convolution.apply(before, seen, weight, bias, geometry)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    sizes = (size,) if isinstance(size, int) else tuple(size)
-    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
@@ -181,28 +177,11 @@ def _pull_back(
     signals: Tensor, weight: Tensor, seen: Tensor | None, size: Sequence[int], *laid: Sequence[int]
 ) -> Tensor:
     """Take ``(N, K, O, *places)`` back."""
-    return backward(signals, weight, size, seen, Geometry(*map(_pair, laid)))
+    return backward(signals, weight, size, seen, Geometry(*map(pair, laid)))
 
 
-def _single(signals: Tensor, *rest: Any) -> Tensor:
-    return _pull_back(signals[:, None], *rest)[:, 0]
-
-
-def _batched(
-    info: Any, in_dims: tuple[Any, ...], signals: Tensor, *rest: Any
-) -> tuple[Tensor, int]:
-    """Take K signals ``(N, O, *places)`` back at once; the result lies ``(N, K, I, *size)``."""
-    assert in_dims[0] is not None
-    assert in_dims[1] is None
-    assert in_dims[2] is None
-    return _pull_back(signals.movedim(in_dims[0], 1), *rest), 1
-
-
-_Library: Any = torch.library.Library  # untyped in PyTorch
-_library = _Library("jacpot", "FRAGMENT")
-_library.define(
-    "convolution_layer_backward(Tensor signals, Tensor weight, Tensor? seen, int[] size, "
-    "int[] stride, int[] padding, int[] dilation) -> Tensor"
+register_way_back(
+    "convolution_layer_backward",
+    "Tensor weight, Tensor? seen, int[] size, int[] stride, int[] padding, int[] dilation",
+    _pull_back,
 )
-_library.impl("convolution_layer_backward", _single, "CPU")
-torch.library.register_vmap("jacpot::convolution_layer_backward", _batched, lib=_library)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jacpot import _backend
+from jacpot.ops.planes import pair, register_way_back
 from jacpot.ops.relu import ahead_of_relu
 from jacpot.ops.transforms import is_forward_mode, is_transformed
 
@@ -32,7 +33,7 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Any:
     """Pool as ``torch.nn.functional.max_pool2d`` does, to the last bit."""
-    window = [_pair(size) for size in (kernel_size, stride or kernel_size, padding, dilation)]
+    window = [pair(size) for size in (kernel_size, stride or kernel_size, padding, dilation)]
     places = [
         _places(size, k, s, p, d, ceil_mode)
         for size, k, s, p, d in zip(input.shape[-2:], *window, strict=True)
@@ -54,11 +55,6 @@ def max_pool2d(
     if before is None:
         return _MaxPool.apply(input, input, False, places, window)  # type: ignore[no-untyped-call]
     return _MaxPool.apply(before, input.detach(), True, places, window)  # type: ignore[no-untyped-call]
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    sizes = (size,) if isinstance(size, int) else tuple(size)
-    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def _places(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> int:
@@ -122,24 +118,8 @@ def _pull_back(
     return out
 
 
-def _single(signals: Tensor, *rest: Any) -> Tensor:
-    return _pull_back(signals[:, None], *rest)[:, 0]
-
-
-def _batched(
-    info: Any, in_dims: tuple[Any, ...], signals: Tensor, *rest: Any
-) -> tuple[Tensor, int]:
-    """Take K signals ``(N, C, *places)`` back at once; the result lies ``(N, K, C, *size)``."""
-    assert in_dims[0] is not None
-    assert in_dims[1] is None
-    return _pull_back(signals.movedim(in_dims[0], 1), *rest), 1
-
-
-_Library: Any = torch.library.Library  # untyped in PyTorch
-_library = _Library("jacpot", "FRAGMENT")
-_library.define(
-    "max_pool_backward(Tensor signals, Tensor taps, int[] size, int[] kernel, int[] stride, "
-    "int[] padding, int[] dilation) -> Tensor"
+register_way_back(
+    "max_pool_backward",
+    "Tensor taps, int[] size, int[] kernel, int[] stride, int[] padding, int[] dilation",
+    _pull_back,
 )
-_library.impl("max_pool_backward", _single, "CPU")
-torch.library.register_vmap("jacpot::max_pool_backward", _batched, lib=_library)
