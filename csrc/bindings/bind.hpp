@@ -12,6 +12,7 @@ void bind_krylov(pybind11::module_& m);
 void bind_linear_layer(pybind11::module_& m);
 void bind_masked_matmul(pybind11::module_& m);
 void bind_max_pool(pybind11::module_& m);
+void bind_memory(pybind11::module_& m);
 void bind_jacobian(pybind11::module_& m);
 void bind_jacobian_live(pybind11::module_& m);
 void bind_jacobian_operator(pybind11::module_& m);

@@ -1,12 +1,8 @@
 #include <algorithm>
 #include <functional>
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 
 #include "bindings/bind.hpp"
 #include "bindings/jacobian_factors.hpp"
-#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "jacobian/gram.hpp"
 #include "jacobian/products.hpp"
@@ -323,25 +319,6 @@ void gather_windows(py::handle x, py::handle places, py::handle offsets, py::han
   });
 }
 
-// Asks for huge pages under an array that is about to be written.
-void prefer_huge_pages(py::handle out) {
-  const Array result(out, "out", Access::write);
-  result.expect_cpu().expect_contiguous();
-  dispatch_float(result, [&]<class T>() {
-    std::int64_t size = 1;
-    for (int d = 0; d < result.ndim(); ++d) size *= result.shape(d);
-    advise_huge_pages(result.data(), static_cast<std::size_t>(size) * sizeof(T));
-  });
-}
-
-// Hands memory that was freed back to the system, where the allocator of the C library keeps it.
-void return_free_memory() {
-#if defined(__GLIBC__)
-  py::gil_scoped_release release;
-  malloc_trim(0);
-#endif
-}
-
 // out (n, n): the part below the diagonal becomes that above.
 void mirror(py::handle out, int threads) {
   const Array result(out, "out", Access::write);
@@ -389,10 +366,6 @@ void bind_jacobian(py::module_& m) {
         "Adds rows times a sparse matrix of random signs.");
   m.def("jacobian_windows", &gather_windows, py::arg("x"), py::arg("places"), py::arg("offsets"),
         py::arg("out"), py::arg("threads"), "Copies what a convolution's kernel is laid on.");
-  m.def("return_free_memory", &return_free_memory,
-        "Hands memory that was freed back to the system.");
-  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("out"),
-        "Asks for huge pages under an array that is about to be written.");
   m.def("jacobian_signs", &random_signs, py::arg("seed"), py::arg("offset"), py::arg("first"),
         py::arg("out"), py::arg("threads"),
         "Random signs that depend on their position and the seed alone.");

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_core, m) {
   jacpot::bind_linear_layer(m);
   jacpot::bind_masked_matmul(m);
   jacpot::bind_max_pool(m);
+  jacpot::bind_memory(m);
   jacpot::bind_jacobian(m);
   jacpot::bind_jacobian_live(m);
   jacpot::bind_jacobian_operator(m);

@@ -6,6 +6,7 @@
 
 #include "common/blas.hpp"
 #include "common/huge_pages.hpp"
+#include "common/kept_memory.hpp"
 #include "common/parallel.hpp"
 #include "jacobian/gram_pack.hpp"
 
@@ -236,6 +237,8 @@ Status PackedGram<T>::run(int threads) {
   const std::int64_t each = ceil_div(kernel_->scratch(plan_), 64) * 64;
   T* scratch = room(each * threads);
   if (!scratch) return no_memory;
+  if (plan_.streams)
+    populate(plan_.out, static_cast<std::size_t>(plan_.n * plan_.row_example) * sizeof(T), threads);
   for (const bool are_late : {false, true})
     if (const Status status = run_tiles(threads, are_late, scratch, each); !status.ok())
       return status;

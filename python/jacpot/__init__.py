@@ -1,7 +1,7 @@
 """Jacobians and lottery tickets for PyTorch: sparse products, tangent kernels, tangent solvers."""
 
 from jacpot import nn, tickets
-from jacpot._backend import build_info
+from jacpot._backend import build_info, release_memory
 from jacpot.linalg import Solution, solve
 from jacpot.ops.masked_matmul import masked_matmul
 from jacpot.ops.pattern import Pattern
@@ -24,6 +24,7 @@ __all__ = [
     "nn",
     "ntk",
     "register_layer_rule",
+    "release_memory",
     "solve",
     "tickets",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch  # before the extension, which runs its tasks on the OpenMP runtime torch loads
@@ -20,9 +21,25 @@ except ImportError as error:  # pragma: no cover - a broken installation
         f"source folder. The loader said: {error}"
     ) from error
 
-__all__ = ["build_info", "core", "cuda", "empty", "isa", "on_cuda", "queue", "settle", "threads"]
+__all__ = [
+    "build_info",
+    "core",
+    "cuda",
+    "empty",
+    "isa",
+    "on_cuda",
+    "queue",
+    "release_memory",
+    "settle",
+    "threads",
+]
 
 LARGE_BYTES = 4 << 20  # from where on the system's small pages cost more than writing to them
+NUMPY_DTYPES: dict[torch.dtype, numpy.dtype[Any]] = {
+    torch.float32: numpy.dtype("f4"),
+    torch.float64: numpy.dtype("f8"),
+}
+KEPT_BYTES = 32 << 20  # from where on the C library asks the system anew for every block
 
 
 def threads() -> int:
@@ -67,12 +84,51 @@ def settle(tensor: torch.Tensor) -> None:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
-def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Give an uninitialised tensor that is about to be written, on huge pages where it is large."""
-    tensor = like.new_empty(shape)
-    if tensor.nbytes > LARGE_BYTES and not tensor.is_cuda:
+class Numbers(Protocol):
+    """What has a dtype and a device: a tensor, or a block of a Jacobian."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers lie."""
+
+
+def empty(shape: tuple[int, ...], like: Numbers) -> torch.Tensor:
+    """Give an uninitialised tensor that is about to be written.
+
+    A large one on the CPU is on huge pages, and in memory that is kept for the next when it is
+    freed: the system would clear it first, which can take longer than to compute what it holds.
+    """
+    on_host = like.device.type == "cpu" and like.dtype in NUMPY_DTYPES
+    nbytes = math.prod(shape) * like.dtype.itemsize if on_host else 0
+    if nbytes >= KEPT_BYTES:
+        kept = core.kept_array(shape, NUMPY_DTYPES[like.dtype])
+        if kept is not None:
+            return torch.from_numpy(kept)
+    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if nbytes >= LARGE_BYTES:
         core.prefer_huge_pages(tensor)
     return tensor
+
+
+def release_memory() -> None:
+    """Give memory of freed results back to the system at once.
+
+    Large results on the CPU, kernels and Jacobians of 32 MiB and more, lie in memory that is kept
+    when they are freed, up to 1 GiB of it, so that the next one is not written to pages that the
+    system has to clear first. On Linux the system takes kept pages back by itself where it is short
+    of memory (``MADV_FREE``), and nothing is kept elsewhere: this is for processes whose size is
+    watched. What the C library's allocator holds back is given up, too.
+
+    Examples
+    --------
+    >>> import jacpot
+    >>> jacpot.release_memory()
+    """
+    core.return_free_memory()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Compiled kernels of jacpot. Use the functions of the jacpot package instead.
 
 from __future__ import annotations
 import collections.abc
+import numpy
 import typing
 import typing_extensions
 
@@ -36,6 +37,8 @@ __all__: list[str] = [
     "jacobian_vjp",
     "jacobian_window_rows",
     "jacobian_windows",
+    "kept_array",
+    "kept_bytes",
     "krylov_solve",
     "linear_layer",
     "linear_layer_backward",
@@ -331,6 +334,19 @@ def jacobian_windows(
 ) -> None:
     """
     Copies what a convolution's kernel is laid on.
+    """
+
+def kept_array(
+    shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    dtype: numpy.dtype[typing.Any],
+) -> typing.Any:
+    """
+    An array to be written, in memory that is kept for the next one when it is freed.
+    """
+
+def kept_bytes() -> int:
+    """
+    How much memory of freed arrays is kept.
     """
 
 def krylov_solve(

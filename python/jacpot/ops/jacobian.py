@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacpot._backend import threads
+from jacpot._backend import empty, threads
 from jacpot.ops.arrays import as_kind
 from jacpot.ops.jacobian_blocks import (
     Added,
@@ -69,10 +69,8 @@ def dense(blocks: Sequence[Block]) -> Any:
     >>> dense([Factors(a.reshape(1, 1, 1, 2), s.reshape(1, 1, 1, 1, 2))])
     tensor([[[3., 6., 4., 8.]]])
     """
-    n, k, dtype = check_blocks(blocks)
-    out = torch.empty(
-        n, k, sum(b.n_parameters for b in blocks), dtype=dtype, device=blocks[0].device
-    )
+    n, k, _ = check_blocks(blocks)
+    out = empty((n, k, sum(b.n_parameters for b in blocks)), blocks[0])
     start = 0
     for block in blocks:
         weights = _write_rows(block, out, start)

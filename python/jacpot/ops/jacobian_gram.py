@@ -164,7 +164,7 @@ def prepared(
             raise ValueError("argument 'right' must hold the same weights as 'left', got others")
     shape = {"full": (n, k, m, k), "trace": (n, m), "diagonal": (n, m, k)}[outputs]
     if out is None:
-        result = torch.empty(shape, dtype=dtype, device=left[0].device)
+        result = _backend.empty(shape, left[0])
     else:
         result = as_output("out", out)
         if result.dtype != dtype:
