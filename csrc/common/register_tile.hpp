@@ -11,7 +11,7 @@ template <class T, int R, int C>
 struct RegisterTile {
   using V = Simd<T>;
   using Vec = typename V::Vec;
-  static_assert(R <= 8 && C <= 4);
+  static_assert(R <= 16 && C <= 4);
 
   Vec v[R][C];
 
@@ -22,14 +22,14 @@ struct RegisterTile {
   // f(sum, r, j) for all of the tile, unrolled.
   template <class F>
   JACPOT_INLINE void each(F f) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) f(v[r][j], r, j);
   }
 
   JACPOT_INLINE void add(const T* left, const Vec (&right)[C]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec b = V::broadcast(left[r]);
 #pragma GCC unroll 4
@@ -51,6 +51,15 @@ struct RegisterTile {
   JACPOT_INLINE void add(const T* left, std::int64_t left_step, const T* right,
                          std::int64_t right_step, const std::int32_t* rows, std::int64_t n) {
     for (std::int64_t x = 0; x < n; ++x, left += left_step) add(left, right + rows[x] * right_step);
+  }
+  // Σ_i left[x[i]] ⊗ right[x[i]]
+  JACPOT_INLINE void add(const T* left, std::int64_t left_step, const T* right,
+                         std::int64_t right_step, const std::uint32_t* x, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T* l = left + x[i] * left_step;
+      asm("" : "+r"(l));  // one register, not one for each of its numbers
+      add(l, right + x[i] * right_step);
+    }
   }
 };
 

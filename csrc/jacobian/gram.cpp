@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "common/blas.hpp"
@@ -51,15 +52,23 @@ void constant_products(const GramLayer<T>& layer, const GramFactors<T>& right, s
     }
 }
 
-// Whether products over the active units alone pay. To gather one of them costs about as much as
-// two products of vectors, and serves all columns of a tile; where all are active, register tiles
-// of one row's outputs take some hundredths longer than full ones.
+// Whether products over the active units alone pay. Their costs are counted in products of vectors:
+// to gather a unit of a row takes about two, and serves all columns of a tile; to list the units
+// that are active on both sides takes less than half a product for each unit there is; and where
+// all are active, tiles of one row's outputs take some hundredths longer than full ones.
 template <class T>
-bool skipping_pays(const Census& found, const GramPlan<T>& plan, const GramKernels<T>& kernel) {
-  const std::int64_t panels = ceil_div(std::min(plan.m, kernel.panel) * plan.slice, kernel.panel);
-  const auto products = static_cast<double>(plan.slice * panels * kernel.vectors);
-  return static_cast<double>(found.active) * (products + 2) <
-         0.95 * products * static_cast<double>(found.all);
+bool skipping_pays(const Census& left, const Census& right, const GramPlan<T>& plan,
+                   const GramKernels<T>& kernel) {
+  const auto share = [](const Census& found) {
+    return static_cast<double>(found.active) / static_cast<double>(found.all);
+  };
+  const auto outputs = static_cast<double>(plan.slice);
+  const double width = static_cast<double>(kernel.panel / kernel.vectors);
+  // Rows of different examples whose signals share a vector, as if they knew nothing of another.
+  const double together = std::max(1.0, (width + outputs - 1) / outputs);
+  const double either = 1 - std::pow(1 - share(right), together);
+  const double columns = static_cast<double>(std::min(plan.m, kernel.panel)) * outputs / width;
+  return share(left) * (either * outputs + 2 / columns) + 0.4 < 0.95 * outputs;
 }
 
 // Tiles whose rows are late, or all others. Of those that end in late rows if mirrored, the
@@ -147,10 +156,10 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
       packed.signals_slice = layer.positions * plan.slice * packed.inner * panel;
       size += plan.slices * packed.signals_slice;
       packed.active = size;
-      packed.list = packed.inner + 1;
+      packed.words = ceil_div(packed.inner, 64);
       if (plan.slice > 1)
-        size += ceil_div(plan.slices * layer.positions * panel * packed.list *
-                             static_cast<std::int64_t>(sizeof(std::int32_t)),
+        size += ceil_div(plan.slices * layer.positions * panel * packed.words *
+                             static_cast<std::int64_t>(sizeof(std::uint64_t)),
                          static_cast<std::int64_t>(scratch_alignment)) *
                 static_cast<std::int64_t>(scratch_alignment / sizeof(T));
     }
@@ -188,13 +197,17 @@ Status PackedGram<T>::pack(const GramProblem<T>& problem, int threads) {
       });
     }
     // Of zeros times inf or nan, which are nan, none may be left out.
-    const bool finite = census[symmetric ? 0 : 1].finite;
-    layer.skips_zeros = plan.slice > 1 && finite && skipping_pays(census[0], plan, *kernel_);
+    const Census& other = census[symmetric ? 0 : 1];
+    const bool finite = census[0].finite && other.finite;
+    layer.skips_zeros = plan.slice > 1 && !layer.constant && finite &&
+                        skipping_pays(census[0], other, plan, *kernel_);
     if (!finite && layer.row_offsets)
       for (std::size_t group = 0; group < left_.size(); ++group)
-        Packer<T>{*kernel_, plan, n, k, trace, left_}.list_all(layer,
+        Packer<T>{*kernel_, plan, n, k, trace, left_}.mark_all(layer,
                                                                static_cast<std::int64_t>(group));
   }
+  std::stable_partition(layers_.begin(), layers_.end(),
+                        [](const PackedLayer<T>& layer) { return layer.constant; });
   return {};
 }
 

@@ -68,15 +68,15 @@ Status add_row_products(bool symmetric, std::int64_t n, std::int64_t m, std::int
 // that a panel gives a kernel its rows (broadcast) as well as its columns (vectors). A group holds
 // for each layer its activations [panel][inputs][panel] and signals [slice][panel][inner][panel].
 //
-// Where a slice has several outputs, there is a list for each row (example, position) of the units
-// that are active: those whose signals are not zero for all of the slice's outputs. Behind a ReLU
-// these are about half.
+// Where a slice has several outputs, there is a bit for each row (example, position) and each unit:
+// whether the unit is active, its signals not zero for all of the slice's outputs. Behind a ReLU
+// about half of them are.
 template <class T>
 struct PackedLayer {
   std::int64_t activations, signals;  // where they begin in a group
   std::int64_t signals_slice;         // elements of one slice
-  std::int64_t active;  // where lists of int32 begin: (slice, panel · positions, list)
-  std::int64_t list;    // numbers in a list: `inner` at most, and one at the end
+  std::int64_t active;  // where bits of units begin: (slice, panel · positions, words) of 64
+  std::int64_t words;
   std::int64_t positions, inputs, outputs;
   std::int64_t inner;  // of the signals: outputs, or outputs · K for the trace
   const std::int64_t* row_offsets;
@@ -114,10 +114,10 @@ struct GramKernels {
   std::int64_t panel, block, vectors;  // rows of a panel, of a register tile, and vectors of both
   // dst[x·stride + j] = rows[j][x] for x < inner; zero where rows[j] is null, j < panel.
   void (*pack)(const T* const* rows, std::int64_t inner, T* dst, std::int64_t stride);
-  // Which x < inner are not zero in all of `count` rows, and INT32_MAX; *finite becomes false if a
-  // number is not.
-  std::int64_t (*list_active)(const T* const* rows, std::int64_t count, std::int64_t inner,
-                              std::int32_t* active, bool* finite);
+  // Sets the bits of those x < inner that are not zero in all of `count` rows, clears the others,
+  // and tells how many are set. *finite becomes false if a number is not.
+  std::int64_t (*mark_active)(const T* const* rows, std::int64_t count, std::int64_t inner,
+                              std::uint64_t* active, bool* finite);
   std::int64_t (*scratch)(const GramPlan<T>& plan);  // elements that a tile needs
   void (*tile)(const GramPlan<T>& plan, const GramTile& tile, T* scratch);
   // to (columns, rows) = from (rows, columns) transposed

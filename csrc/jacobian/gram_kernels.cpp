@@ -81,10 +81,10 @@ struct Gram {
             layer.inner};
   }
 
-  // Of active units, for all rows of the group.
-  const std::int32_t* lists(const PackedLayer<T>& layer) const {
-    return reinterpret_cast<const std::int32_t*>(plan.left[tile.group] + layer.active) +
-           tile.left_slice * panel * layer.positions * layer.list;
+  static ActiveUnits active_units(const PackedLayer<T>& layer, const T* group, std::int64_t slice,
+                                  std::int64_t first) {
+    const auto* bits = reinterpret_cast<const std::uint64_t*>(group + layer.active);
+    return {bits + (slice * panel * layer.positions + first) * layer.words, layer.words};
   }
 
   // Σ over [from, to) of the signals' inner index, times the activations' products in a.
@@ -117,8 +117,8 @@ struct Gram {
           T* out =
               p.out + pair * size_of_z(plan) + ((p.unit + r - tile.first) * row_slice + k) * stride;
           for (std::int64_t c = p.skip * panel; c < length; c += width)
-            V::store(out + c,
-                     V::fma(V::load(a + r * length + c), V::load(flipped + c), V::load(out + c)));
+            V::store(out + c, V::fma(V::load(a + r * length + c), V::load(flipped + c),
+                                     p.is_first ? V::zero() : V::load(out + c)));
         }
       }
   }
@@ -130,10 +130,10 @@ struct Gram {
         plan.right[tile.columns] + layer.activations + unit_panel * layer.inputs * panel;
     const bool single = row_slice == 1 && column_slice == 1;
     find_lines(p.unit, p.count, layer.positions);
+    const ActiveUnits units = active_units(layer, plan.left[tile.group], tile.left_slice, 0);
     if (layer.row_offsets) {
       if (!single)
-        return masked.add(layer, signals(layer, 0, unit_panel), lists(layer), p, left, right,
-                          line_of);
+        return masked.add(layer, signals(layer, 0, unit_panel), units, p, left, right, line_of);
       const std::int64_t inner = layer.inner / layer.outputs;
       for (std::int64_t u = 0; u < layer.outputs; ++u) {
         MaskedUnits<T>::multiply_activations(layer, left, right, u, products);
@@ -153,14 +153,18 @@ struct Gram {
     }
     if (layer.constant) return add_constant(layer, p, a);
     if (layer.skips_zeros)
-      return active.add(signals(layer, 0, unit_panel), lists(layer), layer.list, p, a, line_of);
+      return active.add(
+          {signals(layer, 0, unit_panel), units,
+           active_units(layer, plan.right[tile.columns], tile.right_slice, unit_panel * panel),
+           column_slice, min(panel, columns * layer.positions - unit_panel * panel) * column_slice,
+           p, a, line_of});
     for (std::int64_t pair = 0; pair < tile.pairs; ++pair)
       add_products(signals(layer, pair, unit_panel), p, a, p.out + pair * size_of_z(plan), 0,
                    layer.inner);
   }
 
   // The panels of columns of all layers are dealt to the parts in turn.
-  void add_layer(std::int64_t index, bool diagonal) {
+  void add_layer(std::int64_t index, bool diagonal, bool is_first) {
     const PackedLayer<T>& layer = plan.layers[index];
     const std::int64_t row_units = rows * layer.positions, column_units = columns * layer.positions;
     const std::int64_t begin = tile.first * layer.positions;
@@ -178,7 +182,7 @@ struct Gram {
       for (std::int64_t unit = 0; unit < used; unit += block)
         add_block(layer,
                   {begin + unit, min(block, used - unit), (held + panel - 1) / panel, skip,
-                   positions ? partial : z},
+                   positions ? partial : z, is_first},
                   q);
       if (positions) add_positions(layer.positions, q, held);
     }
@@ -268,8 +272,11 @@ struct Gram {
 
   void run() {
     const bool diagonal = plan.symmetric && tile.group == tile.columns;
-    clear(z);
-    for (std::int64_t i = 0; i < plan.n_layers; ++i) add_layer(i, diagonal);
+    // Constant signals come first, and fill a whole tile.
+    const bool is_filled =
+        !diagonal && plan.parts == 1 && plan.n_layers > 0 && plan.layers[0].constant;
+    if (!is_filled) clear(z);
+    for (std::int64_t i = 0; i < plan.n_layers; ++i) add_layer(i, diagonal, is_filled && i == 0);
     finish(diagonal);
     if (plan.streams) V::end_stream();
   }
@@ -285,7 +292,7 @@ struct Gram {
 
   static constexpr GramKernels<T> kernels() {
     return {
-        panel,     block, Panels<T>::vectors, &Panels<T>::pack, &Panels<T>::list_active, &scratch,
+        panel,     block, Panels<T>::vectors, &Panels<T>::pack, &Panels<T>::mark_active, &scratch,
         &run_tile, &turn};
   }
 };

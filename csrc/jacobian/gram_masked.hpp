@@ -3,7 +3,7 @@
 // examples.
 #pragma once
 
-#include "jacobian/gram_panels.hpp"
+#include "jacobian/gram_active.hpp"
 
 namespace jacpot::JACPOT_ISA {
 
@@ -33,12 +33,12 @@ struct MaskedUnits {
 
   // z[(unit, k)] += Σ_u δ_right[u] ⊙ a_u[unit] · δ_left[unit, k, u] for `K` outputs of one unit.
   template <int K>
-  void add_outputs(const T* left, const T* right, const std::int32_t* active, std::int64_t count,
-                   std::int64_t first, std::int64_t row, const std::int64_t* offset,
-                   const T (*index)[width], T* out) const {
+  void add_outputs(const T* left, const T* right, const std::uint32_t* active, std::int64_t count,
+                   std::int64_t row, const std::int64_t* offset, const T (*index)[width],
+                   T* out) const {
     RegisterTile<T, K, vectors> sums;
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t u = active[i] - first;
+      const std::int64_t u = active[i];
       const T* a = products + (u * block + row) * panel;
       Vec order[vectors];
 #pragma GCC unroll 3
@@ -62,11 +62,10 @@ struct MaskedUnits {
     Panels<T>::store(out, acc, layer.bias ? 1 : 0);
   }
 
-  void add(const PackedLayer<T>& layer, const PackedSignals<T>& s, const std::int32_t* lists,
+  void add(const PackedLayer<T>& layer, const PackedSignals<T>& s, const ActiveUnits& units,
            const GramPlace<T>& p, const T* left, const T* right, const Line* line) const {
-    const std::int32_t* active[block];
-    std::int64_t counts[block] = {};  // of active units that are held
-    for (std::int64_t r = 0; r < p.count; ++r) active[r] = lists + (p.unit + r) * layer.list;
+    std::uint32_t active[block][unit_block + beyond_list];
+    std::int64_t counts[block];  // of active units that are held
     const std::int64_t lines = p.count * row_slice;
     const std::int64_t parts = (row_slice + block - 1) / block,
                        part = (row_slice + parts - 1) / parts;
@@ -79,10 +78,8 @@ struct MaskedUnits {
             signals[u * block * row_slice + row + r] =
                 s.row(p.unit * row_slice + row)[(first + u) * panel + r];
       }
-      for (std::int64_t r = 0; r < p.count; ++r) {
-        active[r] += counts[r];
-        for (counts[r] = 0; active[r][counts[r]] < first + n;) ++counts[r];
-      }
+      for (std::int64_t r = 0; r < p.count; ++r)
+        counts[r] = list_bits(units.row(p.unit + r) + first / unit_block, 1, active[r]);
       for (std::int64_t q = p.skip; q < p.panels; ++q) {
         std::int64_t offset[vectors];
         T index[vectors][width];
@@ -97,7 +94,7 @@ struct MaskedUnits {
           for (std::int64_t k = 0; k < row_slice; k += part)
             with_count<block>(min(part, row_slice - k), [&](auto size) {
               add_outputs<size.value>(from + k, s.right + (q * s.inner + first) * panel, active[r],
-                                      counts[r], first, r, offset, index,
+                                      counts[r], r, offset, index,
                                       p.out + line[r * row_slice + k].z + q * panel);
             });
         }

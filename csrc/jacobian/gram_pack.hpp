@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 #include <vector>
 
 #include "common/parallel.hpp"
@@ -27,10 +26,10 @@ struct Packer {
   bool trace;
   const std::vector<T*>& groups;
 
-  // Of each group: panels of activations, panels of each slice of signals, and lists of each slice.
+  // Of each group: panels of activations, panels of each slice of signals, and bits of each slice.
   std::int64_t tasks(const PackedLayer<T>& layer) const {
-    const std::int64_t slices = layer.constant ? 0 : plan.slices, lists = plan.slice > 1 ? 1 : 0;
-    return (layer.positions + slices * (layer.positions * plan.slice + lists)) *
+    const std::int64_t slices = layer.constant ? 0 : plan.slices, marks = plan.slice > 1 ? 1 : 0;
+    return (layer.positions + slices * (layer.positions * plan.slice + marks)) *
            static_cast<std::int64_t>(groups.size());
   }
 
@@ -39,23 +38,22 @@ struct Packer {
     const auto count = static_cast<std::int64_t>(groups.size());
     const std::int64_t group = task % count, part = task / count, signals = part - layer.positions,
                        panels = layer.positions * plan.slice,  // of signals in a slice
-        lists = signals - plan.slices * panels;
+        marks = signals - plan.slices * panels;
     if (signals < 0)
       pack_activations(layer, side, group, part);
-    else if (lists < 0)
+    else if (marks < 0)
       pack_signals(layer, side, group, signals / panels, signals % panels);
     else
-      list_units(layer, side, group, lists, census);
+      mark_units(layer, side, group, marks, census);
   }
 
-  // Lists of all units.
-  void list_all(const PackedLayer<T>& layer, std::int64_t group) const {
+  // As if all units were active.
+  void mark_all(const PackedLayer<T>& layer, std::int64_t group) const {
     for (std::int64_t slice = 0; slice < plan.slices; ++slice)
-      for (std::int64_t unit = 0; unit < kernel.panel * layer.positions; ++unit) {
-        std::int32_t* to = list(layer, group, slice, unit);
-        std::iota(to, to + layer.inner, 0);
-        to[layer.inner] = INT32_MAX;
-      }
+      for (std::int64_t unit = 0; unit < kernel.panel * layer.positions; ++unit)
+        for (std::int64_t x = 0; x < layer.inner; x += 64)
+          bits(layer, group, slice, unit)[x / 64] =
+              ~std::uint64_t{0} >> (64 - std::min(layer.inner - x, std::int64_t{64}));
   }
 
  private:
@@ -64,10 +62,10 @@ struct Packer {
   T* at(std::int64_t group, std::int64_t offset) const {
     return groups[static_cast<std::size_t>(group)] + offset;
   }
-  std::int32_t* list(const PackedLayer<T>& layer, std::int64_t group, std::int64_t slice,
-                     std::int64_t unit) const {
-    return reinterpret_cast<std::int32_t*>(at(group, layer.active)) +
-           (slice * kernel.panel * layer.positions + unit) * layer.list;
+  std::uint64_t* bits(const PackedLayer<T>& layer, std::int64_t group, std::int64_t slice,
+                      std::int64_t unit) const {
+    return reinterpret_cast<std::uint64_t*>(at(group, layer.active)) +
+           (slice * kernel.panel * layer.positions + unit) * layer.words;
   }
   // Rows (example, position) of a group.
   std::int64_t units_of(const PackedLayer<T>& layer, std::int64_t group) const {
@@ -119,7 +117,7 @@ struct Packer {
     }
   }
 
-  void list_units(const PackedLayer<T>& layer, const GramFactors<T>& side, std::int64_t group,
+  void mark_units(const PackedLayer<T>& layer, const GramFactors<T>& side, std::int64_t group,
                   std::int64_t slice, Census& census) const {
     const std::int64_t units = units_of(layer, group), outputs = outputs_of(slice);
     std::int64_t active = 0;
@@ -130,7 +128,7 @@ struct Packer {
         rows[j] = signals_of(side, group * kernel.panel + unit / layer.positions,
                              unit % layer.positions, slice * plan.slice + j);
       active +=
-          kernel.list_active(rows, outputs, layer.inner, list(layer, group, slice, unit), &finite);
+          kernel.mark_active(rows, outputs, layer.inner, bits(layer, group, slice, unit), &finite);
     }
     census.active += active;
     census.all += units * layer.inner;

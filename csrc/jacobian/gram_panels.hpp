@@ -10,7 +10,7 @@
 
 namespace jacpot::JACPOT_ISA {
 
-JACPOT_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+JACPOT_INLINE constexpr std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 template <class T>
 struct Panels {
@@ -42,9 +42,9 @@ struct Panels {
   };
 
   // out[row] += a[unit of row] ⊙ sums[row], vector by vector, of the first `count` rows.
-  template <int R>
+  template <int R, int C>
   static JACPOT_INLINE void multiply_into(T* out, const T* a, const Line* line, std::int64_t count,
-                                          RegisterTile<T, R, vectors>& sums) {
+                                          RegisterTile<T, R, C>& sums) {
     sums.each([=](Vec sum, int r, int j) __attribute__((always_inline)) {
       if (r >= count) return;
       T* to = out + line[r].z + j * width;
@@ -79,9 +79,9 @@ struct Panels {
     }
   }
 
-  // The inner indices that are not zero in all rows, and a last one that is larger than all.
-  static std::int64_t list_active(const T* const* lines, std::int64_t count, std::int64_t inner,
-                                  std::int32_t* active, bool* finite) {
+  // See GramKernels.
+  static std::int64_t mark_active(const T* const* lines, std::int64_t count, std::int64_t inner,
+                                  std::uint64_t* active, bool* finite) {
     std::int64_t total = 0;
     Vec difference = V::zero();
     for (std::int64_t x = 0; x < inner; x += width) {
@@ -92,12 +92,13 @@ struct Panels {
         any |= v != V::zero();
         difference += v - v;  // inf - inf is nan
       }
+      std::uint64_t bits = 0;
       for (std::int64_t i = 0; i < n; ++i) {
-        active[total] = static_cast<std::int32_t>(x + i);
+        bits |= std::uint64_t{any[i] != 0} << i;
         total += any[i] != 0;
       }
+      active[x / 64] = (x % 64 ? active[x / 64] : 0) | bits << x % 64;
     }
-    active[total] = INT32_MAX;
     for (int i = 0; i < width; ++i) *finite = *finite && difference[i] == 0;
     return total;
   }
@@ -122,6 +123,7 @@ struct GramPlace {
   std::int64_t panels;  // of columns (unit, output) that hold any
   std::int64_t skip;    // of those, below the diagonal
   T* out;
+  bool is_first;  // of the layers: nothing is in `out` yet
 };
 
 }  // namespace jacpot::JACPOT_ISA

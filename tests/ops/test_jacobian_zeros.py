@@ -43,7 +43,7 @@ def full(blocks: list[Factors], mask: torch.Tensor | None) -> torch.Tensor:
     sizes=st.tuples(*[st.sampled_from([1, 2, 9, 26, 53])] * 2),
     k=st.sampled_from([1, 2, 3, 5, 8, 10, 16, 17]),
     t=st.sampled_from([1, 1, 1, 2]),
-    o=st.sampled_from([1, 7, 40, 140, 300]),
+    o=st.sampled_from([1, 7, 64, 140, 600]),
     shares=st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=2),
     dead=st.sampled_from([0, 1, 9]),
     masked=st.booleans(),
