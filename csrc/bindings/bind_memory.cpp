@@ -55,6 +55,7 @@ void bind_memory(py::module_& m) {
         "Asks for huge pages under an array that is about to be written.");
   m.def("kept_array", &kept_array, py::arg("shape"), py::arg("dtype"),
         "An array to be written, in memory that is kept for the next one when it is freed.");
+  m.attr("KEPT_BYTES") = KeptMemory::least;
   m.def(
       "kept_bytes", [] { return kept_memory().kept(); },
       "How much memory of freed arrays is kept.");

@@ -1,4 +1,4 @@
-// Memory for large results, of which what was freed last is kept for the next ones.
+// Memory for large results and scratch, of which what was freed last is kept for the next ones.
 //
 // The C library asks the system anew for each block beyond 32 MB, and the system clears all of its
 // pages first: of a kernel of 400 MB that takes a fifth of the time, and many times that where the
@@ -19,7 +19,10 @@ class KeptMemory {
     std::size_t bytes = 0;
   };
 
-  // At least so many bytes, which hold anything; null if they are not there.
+  // From where on the C library asks the system anew for every block.
+  static constexpr std::size_t least = 32 << 20;
+
+  // At least so many bytes, which hold anything, on a border of 2 MB; null if they are not there.
   Block take(std::size_t bytes);
   void give_back(Block block);
   void release();            // all that is kept, to the system

@@ -7,15 +7,22 @@
 #include <new>
 
 #include "common/huge_pages.hpp"
+#include "common/kept_memory.hpp"
 
 namespace jacpot {
 
-struct AlignedDelete {
-  void operator()(void* p) const { std::free(p); }
+struct ScratchDelete {
+  KeptMemory::Block kept;
+  void operator()(void* p) const {
+    if (kept.data)
+      kept_memory().give_back(kept);
+    else
+      std::free(p);
+  }
 };
 
 template <class T>
-using Scratch = std::unique_ptr<T[], AlignedDelete>;
+using Scratch = std::unique_ptr<T[], ScratchDelete>;
 
 inline constexpr std::size_t scratch_alignment = 64;
 
@@ -27,6 +34,10 @@ Scratch<T> allocate_scratch(std::int64_t count, std::size_t alignment = scratch_
   if (count < 0 || count > limit) return nullptr;
   auto bytes = static_cast<std::size_t>(count) * sizeof(T);
   bytes = (bytes / alignment + 1) * alignment;
+  if (bytes >= KeptMemory::least) {
+    const KeptMemory::Block block = kept_memory().take(bytes);
+    return Scratch<T>(static_cast<T*>(block.data), ScratchDelete{block});
+  }
   return Scratch<T>(static_cast<T*>(std::aligned_alloc(alignment, bytes)));
 }
 

@@ -39,7 +39,6 @@ NUMPY_DTYPES: dict[torch.dtype, numpy.dtype[Any]] = {
     torch.float32: numpy.dtype("f4"),
     torch.float64: numpy.dtype("f8"),
 }
-KEPT_BYTES = 32 << 20  # from where on the C library asks the system anew for every block
 
 
 def threads() -> int:
@@ -104,7 +103,7 @@ def empty(shape: tuple[int, ...], like: Numbers) -> torch.Tensor:
     """
     on_host = like.device.type == "cpu" and like.dtype in NUMPY_DTYPES
     nbytes = math.prod(shape) * like.dtype.itemsize if on_host else 0
-    if nbytes >= KEPT_BYTES:
+    if nbytes >= core.KEPT_BYTES:
         kept = core.kept_array(shape, NUMPY_DTYPES[like.dtype])
         if kept is not None:
             return torch.from_numpy(kept)
@@ -117,11 +116,12 @@ def empty(shape: tuple[int, ...], like: Numbers) -> torch.Tensor:
 def release_memory() -> None:
     """Give memory of freed results back to the system at once.
 
-    Large results on the CPU, kernels and Jacobians of 32 MiB and more, lie in memory that is kept
-    when they are freed, up to 1 GiB of it, so that the next one is not written to pages that the
-    system has to clear first. On Linux the system takes kept pages back by itself where it is short
-    of memory (``MADV_FREE``), and nothing is kept elsewhere: this is for processes whose size is
-    watched. What the C library's allocator holds back is given up, too.
+    Large results on the CPU, kernels and Jacobians of 32 MiB and more, and what is large of the
+    memory in which they are computed, are kept when they are freed, up to 1 GiB, so that the next
+    one is not written to pages that the system has to clear first. On Linux the system takes kept
+    pages back by itself where it is short of memory (``MADV_FREE``), and nothing is kept elsewhere:
+    this is for processes whose size is watched. What the C library's allocator holds back is given
+    up, too.
 
     Examples
     --------

@@ -15,6 +15,7 @@ __all__: list[str] = [
     "DenseOperator",
     "JacobianGram",
     "JacobianOperator",
+    "KEPT_BYTES",
     "LiveFactors",
     "Operator",
     "build_info",
@@ -505,4 +506,5 @@ def subset_sum(
     The subset of each row of samples whose sum is nearest to the row's target.
     """
 
+KEPT_BYTES: int = 33554432
 subset_sum_max_samples: int = 32

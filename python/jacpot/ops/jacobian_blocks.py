@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from jacpot._backend import core, settle, threads
+from jacpot._backend import core, empty, settle, threads
 from jacpot.ops.arrays import Kind, as_tensor, kind_of
 from jacpot.ops.jacobian_added import Added
 from jacpot.ops.jacobian_kernels import kernels
@@ -378,7 +378,7 @@ def row_panels(
             for start in range(0, o, width):
                 stop = min(o, start + width)
                 factors = a[:, :, group : group + 1], s[:, :, :, group : group + 1, start:stop]
-                panel = a.new_empty(n, k, (stop - start) * i)
+                panel = empty((n, k, (stop - start) * i), a)
                 kernels(panel).jacobian_rows(factors, panel, 0, threads())
                 if block.pattern is not None:
                     low, high = group * o + start, group * o + stop
