@@ -12,11 +12,11 @@ namespace {
 
 using Block = KeptMemory::Block;
 
-#if defined(__linux__) && defined(MADV_FREE)
-
 std::size_t whole_pages(std::size_t bytes) {
   return (bytes + huge_page - 1) / huge_page * huge_page;
 }
+
+#if defined(__linux__) && defined(MADV_FREE)
 
 // On the border of huge pages: what the system gives beyond it goes back.
 Block map(std::size_t bytes) {
@@ -39,7 +39,10 @@ bool lend_to_system(Block block) { return madvise(block.data, block.bytes, MADV_
 
 #else
 
-Block map(std::size_t bytes) { return {std::malloc(bytes), bytes}; }
+Block map(std::size_t bytes) {
+  const std::size_t size = whole_pages(bytes);
+  return {std::aligned_alloc(huge_page, size), size};
+}
 
 void unmap(Block block) { std::free(block.data); }
 
@@ -48,6 +51,8 @@ bool lend_to_system(Block) { return false; }
 #endif
 
 }  // namespace
+
+KeptMemory::KeptMemory() { blocks_.reserve(most / least + 1); }  // giving back never allocates
 
 Block KeptMemory::take(std::size_t bytes) {
   const std::lock_guard lock(mutex_);
@@ -72,7 +77,7 @@ Block KeptMemory::take(std::size_t bytes) {
 
 void KeptMemory::give_back(Block block) {
   const std::lock_guard lock(mutex_);
-  if (block.bytes > most || !lend_to_system(block)) return unmap(block);
+  if (block.bytes < least || block.bytes > most || !lend_to_system(block)) return unmap(block);
   blocks_.push_back(block);
   bytes_ += block.bytes;
   std::size_t count = 0;

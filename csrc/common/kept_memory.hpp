@@ -22,6 +22,8 @@ class KeptMemory {
   // From where on the C library asks the system anew for every block.
   static constexpr std::size_t least = 32 << 20;
 
+  KeptMemory();
+
   // At least so many bytes, which hold anything, on a border of 2 MB; null if they are not there.
   Block take(std::size_t bytes);
   void give_back(Block block);
