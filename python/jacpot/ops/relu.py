@@ -7,10 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
+from jacpot import _backend
 from jacpot.ops.transforms import is_forward_mode, is_transformed
 
 __all__ = ["ahead_of_relu", "relu"]
+
+LARGE = 1 << 16  # numbers; to write fewer in another order takes less time than to ask for it
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -42,4 +46,29 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, signals: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(signals, y, 0)  # type: ignore[no-any-return]
+        if is_batchedtensor(signals) and y.numel() >= LARGE and not torch.is_grad_enabled():
+            return torch.ops.jacpot.relu_backward(signals, y)  # type: ignore[no-any-return]
+        return _backward(signals, y)
+
+
+def _backward(signals: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(signals, y, 0)  # type: ignore[no-any-return]
+
+
+def _batched(
+    info: Any, in_dims: tuple[int | None, ...], signals: Tensor, y: Tensor
+) -> tuple[Tensor, int]:
+    """Pull K signals back at once; the result lies ``(N, K, ...)``, as layers take it."""
+    assert in_dims[0] is not None
+    assert in_dims[1] is None
+    signals = signals.movedim(in_dims[0], 1)
+    out = _backend.empty(tuple(signals.shape), signals)
+    y = y.unsqueeze(1).expand(signals.shape)
+    return torch.ops.aten.threshold_backward.grad_input(signals, y, 0, grad_input=out), 1
+
+
+_Library: Any = torch.library.Library  # untyped in PyTorch
+_library = _Library("jacpot", "FRAGMENT")
+_library.define("relu_backward(Tensor signals, Tensor y) -> Tensor")
+_library.impl("relu_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_vmap("jacpot::relu_backward", _batched, lib=_library)
