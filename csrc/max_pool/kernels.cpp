@@ -9,6 +9,24 @@ struct Pool {
   using V = Simd<T>;
   using Vec = typename V::Vec;
   static constexpr int lanes = V::width;
+  using Ints = decltype(Vec{} < Vec{});
+  typedef std::uint8_t Bytes __attribute__((vector_size(lanes)));
+
+  // The first `count` bytes, in two pieces that may overlap.
+  static constexpr int half = lanes < 8 ? lanes : 8, quarter = lanes < 4 ? lanes : 4;
+  static JACPOT_INLINE void store_first(std::uint8_t* to, const Bytes& v, std::int64_t count) {
+    const auto* from = reinterpret_cast<const std::uint8_t*>(&v);
+    const auto store_pieces = [=]<int size>() {
+      __builtin_memcpy(to, from, size);
+      __builtin_memcpy(to + count - size, from + count - size, size);
+    };
+    if (lanes >= 8 && count >= 8)
+      store_pieces.template operator()<half>();
+    else if (lanes >= 4 && count >= 4)
+      store_pieces.template operator()<quarter>();
+    else
+      for (std::int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
 
   // The places of a row whose tap dx lies in what is pooled, and where it lies at the first.
   struct Across {
@@ -30,12 +48,19 @@ struct Pool {
     return start < 0 ? (-start + l.dilation[axis] - 1) / l.dilation[axis] : 0;
   }
 
-  // Places from ox on of what tap dx sees of a row; -inf outside of it.
+  static JACPOT_INLINE bool is_near(std::int64_t step, const Across& tap, std::int64_t ox,
+                                    std::int64_t count) {
+    return step == 1 && tap.first <= ox && ox + count <= tap.first + tap.count;
+  }
+
+  // Places from ox on of what tap dx sees of a row; -inf outside of it. `Near` says that they are
+  // all inside, and lie next to each other.
+  template <bool Near>
   static JACPOT_INLINE Vec load_row(const T* x, std::int64_t step, const Across& tap,
                                     std::int64_t ox, std::int64_t count) {
     const std::int64_t skipped = ox - tap.first;
-    const T* from = x + tap.from + skipped * step;
-    if (step == 1 && skipped >= 0 && skipped + count <= tap.count)
+    const T* from = x + tap.from + skipped * (Near ? 1 : step);
+    if (Near || is_near(step, tap, ox, count))
       return count == lanes ? V::load(from) : V::load_first(from, count);
     T own[lanes];
     for (int i = 0; i < lanes; ++i)
@@ -44,36 +69,49 @@ struct Pool {
     return V::load(own);
   }
 
-  static void pool(const MaxPool& l, const T* x, bool behind_relu, T* out, std::uint8_t* taps,
-                   T* first) {
+  static void pool(const MaxPool& l, const T* x, std::int64_t planes, bool behind_relu, T* out,
+                   std::uint8_t* taps) {
     const std::int64_t width = l.places[1];
-    for (std::int64_t ox = 0; ox < width; ++ox) first[ox] = static_cast<T>(first_tap(l, 1, ox));
     Across across[MaxPool::none];
     find_across(l, across);
-    for (std::int64_t oy = 0; oy < l.places[0]; ++oy, out += width, taps += width) {
+    for (std::int64_t ox = 0; ox < width; ox += lanes) {
+      const std::int64_t count = width - ox < lanes ? width - ox : lanes;
+      T first[lanes];
+      for (int i = 0; i < lanes; ++i) first[i] = static_cast<T>(first_tap(l, 1, ox + i));
+      const Vec start = V::load(first);
+      bool near = true;
+      for (std::int64_t dx = 0; dx < l.kernel[1]; ++dx)
+        near &= is_near(l.stride[1], across[dx], ox, count);
+      const auto pool_part = near ? &pool_rows<true> : &pool_rows<false>;
+      for (std::int64_t p = 0; p < planes; ++p)
+        pool_part(l, across, start, x + p * l.plane(), ox, count, behind_relu,
+                  out + p * l.pooled() + ox, taps + p * l.pooled() + ox);
+    }
+  }
+
+  // `count` places of each row of a plane, from ox on.
+  template <bool Near>
+  static void pool_rows(const MaxPool& l, const Across* across, Vec start, const T* x,
+                        std::int64_t ox, std::int64_t count, bool behind_relu, T* out,
+                        std::uint8_t* taps) {
+    for (std::int64_t oy = 0; oy < l.places[0]; ++oy, out += l.places[1], taps += l.places[1]) {
       const std::int64_t top = oy * l.stride[0] - l.padding[0], above = first_tap(l, 0, oy);
-      for (std::int64_t ox = 0; ox < width; ox += lanes) {
-        const std::int64_t count = width - ox < lanes ? width - ox : lanes;
-        Vec best = V::broadcast(-static_cast<T>(__builtin_inf())),
-            tap = V::load_first(first + ox, count) +
-                  V::broadcast(static_cast<T>(above * l.kernel[1]));
-        for (std::int64_t dy = above; dy < l.kernel[0]; ++dy) {
-          const std::int64_t y = top + dy * l.dilation[0];
-          if (y >= l.size[0]) break;
-          for (std::int64_t dx = 0; dx < l.kernel[1]; ++dx) {
-            const Vec v = load_row(x + y * l.size[1], l.stride[1], across[dx], ox, count);
-            const auto larger = (v > best) | (v != v);  // as torch has it
-            best = larger ? v : best;
-            tap = larger ? V::broadcast(static_cast<T>(dy * l.kernel[1] + dx)) : tap;
-          }
+      Vec best = V::broadcast(-static_cast<T>(__builtin_inf())),
+          tap = start + V::broadcast(static_cast<T>(above * l.kernel[1]));
+      for (std::int64_t dy = above; dy < l.kernel[0]; ++dy) {
+        const std::int64_t y = top + dy * l.dilation[0];
+        if (y >= l.size[0]) break;
+        for (std::int64_t dx = 0; dx < l.kernel[1]; ++dx) {
+          const Vec v = load_row<Near>(x + y * l.size[1], l.stride[1], across[dx], ox, count);
+          const auto larger = (v > best) | (v != v);  // as torch has it
+          best = larger ? v : best;
+          tap = larger ? V::broadcast(static_cast<T>(dy * l.kernel[1] + dx)) : tap;
         }
-        if (behind_relu) tap = best <= V::zero() ? V::broadcast(T(MaxPool::none)) : tap;
-        V::store_first(out + ox, best, count);
-        T numbers[lanes];
-        V::store(numbers, tap);
-        for (std::int64_t i = 0; i < count; ++i)
-          taps[ox + i] = static_cast<std::uint8_t>(static_cast<int>(numbers[i]));
       }
+      if (behind_relu) tap = best <= V::zero() ? V::broadcast(T(MaxPool::none)) : tap;
+      V::store_first(out, best, count);
+      const Bytes numbers = __builtin_convertvector(__builtin_convertvector(tap, Ints), Bytes);
+      store_first(taps, numbers, count);
     }
   }
 

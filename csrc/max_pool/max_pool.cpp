@@ -3,19 +3,17 @@
 #include <algorithm>
 
 #include "common/parallel.hpp"
-#include "common/scratch.hpp"
 
 namespace jacpot {
 namespace {
 
-// Calls body(plane, task) for every plane, many small ones in a task.
+// Calls body(first, count) for parts of all planes, many small ones in a part.
 template <class F>
 void for_planes(int threads, std::int64_t planes, std::int64_t size, F&& body) {
   constexpr std::int64_t elements = 1 << 14;
   const std::int64_t each = std::max<std::int64_t>(1, elements / size);
-  parallel_for(threads, ceil_div(planes, each), [&](std::int64_t task) {
-    for (std::int64_t p = task * each; p < std::min(planes, (task + 1) * each); ++p) body(p, task);
-  });
+  parallel_for(threads, ceil_div(planes, each),
+               [&](std::int64_t part) { body(part * each, std::min(planes - part * each, each)); });
 }
 
 }  // namespace
@@ -24,11 +22,9 @@ template <class T>
 Status max_pool(const MaxPool& l, const T* x, std::int64_t planes, bool behind_relu, T* out,
                 std::uint8_t* taps, int threads) {
   const auto& kernel = kernels_of<MaxPoolTable, T>();
-  const Scratch<T> rows = allocate_scratch<T>(planes * l.places[1]);
-  if (!rows) return {Code::out_of_memory, "not enough memory for the taps of a row"};
-  for_planes(threads, planes, l.plane(), [&](std::int64_t p, std::int64_t task) {
-    kernel.pool(l, x + p * l.plane(), behind_relu, out + p * l.pooled(), taps + p * l.pooled(),
-                rows.get() + task * l.places[1]);
+  for_planes(threads, planes, l.plane(), [&](std::int64_t first, std::int64_t count) {
+    kernel.pool(l, x + first * l.plane(), count, behind_relu, out + first * l.pooled(),
+                taps + first * l.pooled());
   });
   return {};
 }
@@ -36,10 +32,13 @@ Status max_pool(const MaxPool& l, const T* x, std::int64_t planes, bool behind_r
 template <class T>
 Status max_pool_backward(const MaxPool& l, const PooledSignals<T>& g, int threads) {
   const auto& kernel = kernels_of<MaxPoolTable, T>();
-  for_planes(threads, g.n * g.k * g.channels, l.plane(), [&](std::int64_t p, std::int64_t) {
-    const std::int64_t c = p % g.channels, k = p / g.channels % g.k, n = p / g.channels / g.k;
-    kernel.pull_back(l, g.signals + n * g.signals_example + k * g.signals_output + c * l.pooled(),
-                     g.taps + (n * g.channels + c) * l.pooled(), g.out + p * l.plane());
+  const std::int64_t planes = g.n * g.k * g.channels;
+  for_planes(threads, planes, l.plane(), [&](std::int64_t first, std::int64_t count) {
+    for (std::int64_t p = first; p < first + count; ++p) {
+      const std::int64_t c = p % g.channels, k = p / g.channels % g.k, n = p / g.channels / g.k;
+      kernel.pull_back(l, g.signals + n * g.signals_example + k * g.signals_output + c * l.pooled(),
+                       g.taps + (n * g.channels + c) * l.pooled(), g.out + p * l.plane());
+    }
   });
   return {};
 }

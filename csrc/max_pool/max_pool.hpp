@@ -43,9 +43,9 @@ Status max_pool_backward(const MaxPool& layer, const PooledSignals<T>& given, in
 
 template <class T>
 struct MaxPoolKernels {
-  // of one plane; `row` has room for a number for each place of a row
-  void (*pool)(const MaxPool& layer, const T* x, bool behind_relu, T* out, std::uint8_t* taps,
-               T* row);
+  void (*pool)(const MaxPool& layer, const T* x, std::int64_t planes, bool behind_relu, T* out,
+               std::uint8_t* taps);
+  // of one plane
   void (*pull_back)(const MaxPool& layer, const T* signals, const std::uint8_t* taps, T* out);
 };
 
