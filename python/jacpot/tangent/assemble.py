@@ -199,8 +199,10 @@ def _added(
 ) -> Added | None:
     """All uses of a parameter that is a table and a layer's weight, if rows take more room."""
     looked = [term for term in found if isinstance(term, LookedUp)]
+    if not looked:
+        return None
     weight = _joined([term for term in found if not isinstance(term, LookedUp)])
-    if weight is None or not looked or weight.transposed or weight.pattern is not None:
+    if weight is None or weight.transposed or weight.pattern is not None:
         return None
     pattern, _ = _layout(weight, column, patterns)
     added = Added((_lookup(looked, column), Factors(weight.written, weight.signals, pattern)))
