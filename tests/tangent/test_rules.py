@@ -11,7 +11,7 @@ from torch import nn
 
 import jacpot
 from jacpot.ops.jacobian import Factors
-from jacpot.tangent.rules import RULES, Outer
+from jacpot.tangent.rules import RULES, Outer, Rows
 
 
 def attention(**options):
@@ -189,6 +189,34 @@ def test_a_rule_of_a_module_class(masked):
     assert vars(layer) == before
     with pytest.raises(TypeError, match="sees"):
         jacpot.register_layer_rule(LowRank)(lambda signals, layer: {})
+
+
+class Passing(nn.Module):
+    """Gives the very tensor that it sees, or a view of it."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view, self.unused = view, nn.Parameter(randn(6))
+
+    def forward(self, x):
+        return x.view(-1, 6) if self.view else x
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_what_a_first_layer_passes_on_may_be_written_to(view):
+    def rule(signals, layer, x):
+        return {"unused": Rows(0 * signals)}
+
+    net = nn.Sequential(Passing(view), nn.ReLU(inplace=True), linear()).double()
+    x = randn(4, 6)
+    before = x.clone()
+    jacpot.register_layer_rule(Passing)(rule)
+    try:
+        J = jacpot.jacobian(net, x)
+    finally:
+        del RULES[Passing]
+    assert torch.equal(x, before)
+    assert relative_error(J.dense(), dense(net, x.clone())) < 1e-10
 
 
 def test_equal_layers_are_one_block():

@@ -22,6 +22,7 @@ from jacpot.ops.linear_layer import linear
 from jacpot.ops.max_pool import max_pool2d
 from jacpot.ops.normalisation_layer import batch_norm
 from jacpot.ops.relu import relu
+from jacpot.ops.transforms import is_forward_mode
 from jacpot.tangent.network import Inputs, Network, tensors
 from jacpot.tangent.rules import RULES, LayerRule
 from jacpot.tangent.rules.recurrent import unrolled
@@ -260,10 +261,30 @@ class Recorder(TorchFunctionMode):
         else:
             version = _version(arguments)
             if not result.requires_grad:  # no leaf may come out: the network may write to it
-                result = result.requires_grad_().clone()
+                seen = arguments[rule.input]
+                result = result.requires_grad_().clone() if rule.local else _entrance(result, seen)
         edge = get_gradient_edge(result) if result.requires_grad else None
         self.calls.append(Call(rule, arguments, parameters, edge, shape, version))
         return result
+
+
+def _entrance(result: Tensor, seen: Tensor) -> Tensor:
+    """Have derivatives end at what a layer gave, in the same memory unless it holds more."""
+    leaf = result.requires_grad_()
+    shared = result.untyped_storage().data_ptr() == seen.untyped_storage().data_ptr()
+    if shared or not result.is_contiguous() or is_forward_mode():
+        return leaf.clone()
+    return _Entrance.apply(leaf)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Entrance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, signals: Tensor) -> Tensor:
+        return signals
 
 
 def _same(x: Tensor) -> Tensor:
