@@ -53,13 +53,14 @@ def check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"argument 'module' must be a torch.nn.Module, got {type(module).__name__}")
     for name, layer in module.named_modules():
+        held = [x for x in (*layer._parameters.values(), *layer._buffers.values()) if x is not None]
         which = type(layer).__name__ + (f" (at {name!r})" if name else "")
-        if any(map(is_lazy, layer._parameters.values())):
+        if any(map(is_lazy, held)):
             raise ValueError(
                 f"argument 'module' must have all its parameters, but those of {which} get their "
                 "shape when it is first called: call the module once"
             )
-        if any(x.is_meta for x in (*layer.parameters(False), *layer.buffers(False))):
+        if any(x.is_meta for x in held):
             raise ValueError(
                 f"argument 'module' must have all its values, but those of {which} are on the "
                 "meta device, where there are none: give it some, as by "

@@ -386,4 +386,5 @@ def row_panels(
                     panel = panel.index_select(2, kept - low * i)
                 yield panel
     if block.bias:
-        yield block.signals.sum(2).reshape(n, k, g * o)
+        s = block.signals
+        yield (s[:, :, 0] if s.shape[2] == 1 else s.sum(2)).reshape(n, k, g * o)
