@@ -70,7 +70,7 @@ def check_module(module: nn.Module) -> None:
 
 def _chains(child: nn.Module) -> dict[str, Any]:
     """Parametrizations of one layer that are a mask and nothing else, by attribute."""
-    lists: Any = getattr(child, "parametrizations", {})
+    lists: Any = dict(child._modules.items()).get("parametrizations", {})
     return {
         leaf: chain
         for leaf, chain in lists.items()
