@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from jacpot import tickets
@@ -60,11 +62,23 @@ def test_save_and_load(tmp_path_factory, mask):
 
 
 def test_load_refuses_other_files(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"not written by Mask\.save"):
         Mask.load(tmp_path / "other")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        Mask.load(tmp_path)
+
+
+@pytest.mark.parametrize("order", [None, "", "[", "3", "[]", '["b"]', '["a", "b"]', "[1]"])
+def test_load_refuses_a_header_of_other_masks(tmp_path, order):
+    path = tmp_path / "mask"
+    Mask({"a": torch.ones(2, dtype=torch.bool)}).save(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() | {"order": order}
+    metadata = {key: value for key, value in header.items() if value is not None}
+    save_file({"a": torch.ones(2, dtype=torch.bool)}, path, metadata)
+    with pytest.raises(ValueError, match="header does not list the masks"):
+        Mask.load(path)
 
 
 def test_density_means_kept_share():

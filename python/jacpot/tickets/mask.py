@@ -227,7 +227,9 @@ class Mask(Mapping[str, Tensor]):
         Raises
         ------
         ValueError
-            If the file is no mask.
+            If the file is no mask, or a damaged one.
+        OSError
+            If there is no such file, or it is a folder.
         """
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != _FORMAT:
@@ -235,7 +237,16 @@ class Mask(Mapping[str, Tensor]):
                 f"argument 'path': {os.fspath(path)} was not written by Mask.save "
                 f"(its format is {metadata.get('format')!r})"
             )
-        return cls({name: tensors[name] for name in json.loads(metadata["order"])})
+        try:
+            order = json.loads(metadata.get("order", ""))
+        except ValueError:
+            order = None
+        if not isinstance(order, list) or sorted(map(str, order)) != sorted(tensors):
+            raise ValueError(
+                f"argument 'path': {os.fspath(path)} is damaged: its header does not list the "
+                "masks that it holds"
+            )
+        return cls({name: tensors[name] for name in order})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masks under the keys that they have in a module to which they are applied."""
