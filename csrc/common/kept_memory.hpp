@@ -1,9 +1,10 @@
 // Memory for large results and scratch, of which what was freed last is kept for the next ones.
 //
-// The C library asks the system anew for each block beyond 32 MB, and the system clears all of its
-// pages first: of a kernel of 400 MB that takes a fifth of the time, and many times that where the
-// pages of a virtual machine have gone back to its host. So a block that is freed is kept, on loan:
-// the system may take its pages at any time that it is short of them (MADV_FREE).
+// The C library asks the system anew for each block beyond 32 MB, and gives back smaller ones when
+// the end of its heap is free; the system clears all pages of a block first. Of a kernel of 400 MB
+// that takes a fifth of the time, and many times that where the pages of a virtual machine have
+// gone back to its host. So a block that is freed is kept, on loan: the system may take its pages
+// at any time that it is short of them (MADV_FREE).
 #pragma once
 
 #include <cstddef>
@@ -19,8 +20,8 @@ class KeptMemory {
     std::size_t bytes = 0;
   };
 
-  // From where on the C library asks the system anew for every block.
-  static constexpr std::size_t least = 32 << 20;
+  // Of a block: smaller ones the C library mostly keeps itself.
+  static constexpr std::size_t least = 16 << 20;
 
   KeptMemory();
 

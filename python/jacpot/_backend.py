@@ -116,7 +116,7 @@ def empty(shape: tuple[int, ...], like: Numbers) -> torch.Tensor:
 def release_memory() -> None:
     """Give memory of freed results back to the system at once.
 
-    Large results on the CPU, kernels and Jacobians of 32 MiB and more, and what is large of the
+    Large results on the CPU, kernels and Jacobians of 16 MiB and more, and what is large of the
     memory in which they are computed, are kept when they are freed, up to 1 GiB, so that the next
     one is not written to pages that the system has to clear first. On Linux the system takes kept
     pages back by itself where it is short of memory (``MADV_FREE``), and nothing is kept elsewhere:

@@ -506,5 +506,5 @@ def subset_sum(
     The subset of each row of samples whose sum is nearest to the row's target.
     """
 
-KEPT_BYTES: int = 33554432
+KEPT_BYTES: int = 16777216
 subset_sum_max_samples: int = 32

@@ -64,7 +64,7 @@ def test_a_view_holds_the_memory():
 
 
 def test_small_results_and_other_sizes_leave_what_is_kept():
-    del [result(31)][:]
+    del [result(15)][:]
     assert kept() == 0
     del [result(100)][:]
     half = result(49)
