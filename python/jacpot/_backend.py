@@ -107,7 +107,10 @@ def empty(shape: tuple[int, ...], like: Numbers) -> torch.Tensor:
         kept = core.kept_array(shape, NUMPY_DTYPES[like.dtype])
         if kept is not None:
             return torch.from_numpy(kept)
-    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if isinstance(like, torch.Tensor):
+        tensor = like.new_empty(shape)  # like it, too, if it is of a kind of its own
+    else:
+        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
     if nbytes >= LARGE_BYTES:
         core.prefer_huge_pages(tensor)
     return tensor
